@@ -1,0 +1,215 @@
+"""Reading a prepared data set. Files are found through dataset.json only."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sentinode.errors import ManifestError, UsageError
+from sentinode.images import UInt8Array
+from sentinode.manifests import DatasetManifest, FileRecord, ShardRecord, read_dataset_manifest
+from sentinode.storage import local_path, sha256_file
+
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("label", pa.int8()),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("fold", pa.int8()),
+        pa.field("group", pa.string(), nullable=False),
+        pa.field("slide", pa.string()),
+        pa.field("centre", pa.string()),
+        pa.field("x_px", pa.int64()),
+        pa.field("y_px", pa.int64()),
+        pa.field("tissue_fraction", pa.float32()),
+        pa.field("flags", pa.list_(pa.string())),
+        pa.field("pixel_sha1", pa.string(), nullable=False),
+        pa.field("source_path", pa.string()),
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+    ]
+)
+"""Of index.parquet: one row per accepted patch. Unknown = null."""
+
+REJECTED_SCHEMA = pa.schema(
+    [pa.field("path", pa.string()), pa.field("id", pa.string()), pa.field("reason", pa.string(), nullable=False), pa.field("detail", pa.string())]
+)
+"""Of rejected.parquet: one row per refused input."""
+
+
+def row_schema(patch_size_px: int) -> pa.Schema:
+    """Return the schema of a shard. `image` holds the raw pixels, uint8, RGB, height x width x channel; its shape is in the field's metadata."""
+    shape = f"[{patch_size_px}, {patch_size_px}, 3]"
+    return pa.schema(
+        [
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("label", pa.int8()),
+            pa.field("group", pa.string(), nullable=False),
+            pa.field("slide", pa.string()),
+            pa.field(
+                "image",
+                pa.binary(patch_size_px * patch_size_px * 3),
+                nullable=False,
+                metadata={"shape": shape, "dtype": "uint8", "channel_order": "RGB"},
+            ),
+        ]
+    )
+
+
+def images_to_column(images: UInt8Array) -> pa.FixedSizeBinaryArray:
+    """Wrap pixels, uint8 (n, h, w, 3), as a fixed-size-binary column without copying them."""
+    contiguous = np.ascontiguousarray(images)
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(int(np.prod(images.shape[1:]))), len(images), [None, pa.py_buffer(contiguous)])
+
+
+def column_to_images(column: pa.ChunkedArray | pa.Array, patch_size_px: int) -> UInt8Array:
+    """Return the pixels of an `image` column, uint8 (n, patch_size_px, patch_size_px, 3), RGB; read-only where no copy was needed."""
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    width = patch_size_px * patch_size_px * 3
+    parts = []
+    for chunk in chunks:
+        flat = np.frombuffer(chunk.buffers()[1], dtype=np.uint8) if len(chunk) else np.empty(0, np.uint8)
+        parts.append(flat[chunk.offset * width : (chunk.offset + len(chunk)) * width])
+    pixels = parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, np.uint8)])
+    return pixels.reshape(-1, patch_size_px, patch_size_px, 3)
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Rows of a prepared data set in memory.
+
+    Attributes
+    ----------
+    ids : ndarray of str, shape (n,)
+    labels : ndarray of int64, shape (n,), 0 or 1
+    groups : ndarray of str, shape (n,)
+    images : ndarray of uint8, shape (n, side, side, 3), RGB
+    """
+
+    ids: npt.NDArray[np.str_]
+    labels: npt.NDArray[np.int64]
+    groups: npt.NDArray[np.str_]
+    images: UInt8Array
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> "Patches":
+        """Return the chosen rows, as copies."""
+        return Patches(self.ids[rows], self.labels[rows], self.groups[rows], self.images[rows])
+
+
+@dataclass(frozen=True)
+class PreparedDataset:
+    """A finished output of prepare."""
+
+    path: Path
+    manifest: DatasetManifest
+
+    @classmethod
+    def open(cls, data: str | Path) -> "PreparedDataset":
+        """Open by its manifest; raises like `read_dataset_manifest`."""
+        return cls(local_path(data), read_dataset_manifest(data))
+
+    def shards(self, split: str) -> list[ShardRecord]:
+        """Return the shards of one split, in order.
+
+        Raises
+        ------
+        UsageError
+            The data set has no rows in that split.
+        """
+        shards = [shard for shard in self.manifest.shards if shard.split == split]
+        if not shards:
+            raise UsageError(f"{self.path}: no rows in split {split!r}; it has {', '.join(self.manifest.counts)}")
+        return shards
+
+    @cached_property
+    def index(self) -> pa.Table:
+        """index.parquet, one row per patch."""
+        return pq.read_table(self.path / "index.parquet", schema=INDEX_SCHEMA)
+
+    def read_shard(self, shard: ShardRecord) -> Patches:
+        """Read one shard.
+
+        Raises
+        ------
+        ManifestError
+            The file is missing, damaged, or has another number of rows than the manifest says.
+        """
+        path = self.path / shard.path
+        try:
+            table = pq.read_table(path, columns=["id", "label", "group", "image"], partitioning=None)
+        except (OSError, pa.ArrowException) as error:
+            raise ManifestError(f"{path}: cannot be read ({str(error).splitlines()[0]}); `sentinode verify` checks the whole data set") from error
+        if table.num_rows != shard.rows:
+            raise ManifestError(f"{path}: {table.num_rows} rows, but dataset.json says {shard.rows}")
+        if table["label"].null_count:
+            raise UsageError(f"{path}: unlabelled rows; training and evaluation need labels")
+        return Patches(
+            ids=np.asarray(table["id"].to_pylist(), dtype=np.str_),
+            labels=table["label"].to_numpy().astype(np.int64),
+            groups=np.asarray(table["group"].to_pylist(), dtype=np.str_),
+            images=column_to_images(table["image"], self.manifest.patch_size_px),
+        )
+
+    def read_split(self, split: str) -> Patches:
+        """Read a whole split into memory (27,648 bytes a patch at 96 px), in shard order."""
+        return concatenate([self.read_shard(shard) for shard in self.shards(split)])
+
+    def read_train_and_val(self, fold: int | None) -> tuple[Patches, Patches]:
+        """Read the rows to train on and the rows to validate on: the splits, or with `fold` the other folds and that fold.
+
+        Raises
+        ------
+        UsageError
+            The data set has no such fold, or one side is empty.
+        """
+        if fold is None:
+            return self.read_split("train"), self.read_split("val")
+        folds = self.manifest.split.folds
+        if folds is None or fold >= folds:
+            raise UsageError(
+                f"{self.path}: no fold {fold}; " + ("it was prepared without folds" if folds is None else f"it has folds 0 to {folds - 1}")
+            )
+        rows = concatenate([self.read_split(split) for split in ("train", "val") if split in self.manifest.counts])
+        fold_of = dict(zip(self.index["id"].to_pylist(), self.index["fold"].to_pylist(), strict=True))
+        validates = np.asarray([fold_of[id_] == fold for id_ in rows.ids])
+        return rows.take(~validates), rows.take(validates)
+
+    def verify(self) -> list[str]:
+        """Re-check every checksum and count; return one line per problem, none if the data set is whole."""
+        problems = []
+        records: list[FileRecord] = [*self.manifest.shards, *self.manifest.files]
+        for record in records:
+            path = self.path / record.path
+            if not path.is_file():
+                problems.append(f"{record.path}: missing")
+            elif path.stat().st_size != record.bytes:
+                problems.append(f"{record.path}: {path.stat().st_size} bytes, expected {record.bytes}")
+            elif sha256_file(path) != record.sha256:
+                problems.append(f"{record.path}: sha256 differs")
+        if not problems:
+            rows = {split: sum(shard.rows for shard in self.manifest.shards if shard.split == split) for split in self.manifest.counts}
+            for split, counts in self.manifest.counts.items():
+                if rows[split] != counts.rows:
+                    problems.append(f"{split}: shards hold {rows[split]} rows, counts say {counts.rows}")
+            if self.index.num_rows != sum(rows.values()):
+                problems.append(f"index.parquet: {self.index.num_rows} rows, shards hold {sum(rows.values())}")
+        return problems
+
+
+def concatenate(parts: list[Patches]) -> Patches:
+    """Join row sets in the given order."""
+    if len(parts) == 1:
+        return parts[0]
+    return Patches(
+        ids=np.concatenate([part.ids for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+        groups=np.concatenate([part.groups for part in parts]),
+        images=np.concatenate([part.images for part in parts]),
+    )

@@ -1,0 +1,284 @@
+"""The manifests as typed models. Their JSON Schemas lie in sentinode/schemas, made from these by `python -m sentinode.manifests`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sentinode.config import ReviewRule, Rgb
+from sentinode.errors import ManifestError
+from sentinode.storage import local_path, read_manifest_json
+
+DATASET_FORMAT_VERSION = 1
+BUNDLE_FORMAT_VERSION = 1
+REPORT_FORMAT_VERSION = 1
+
+LeakLevel = Literal["slide", "pixels", "none"]
+SplitMethod = Literal["overlap", "slide", "random", "predefined"]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Manifest(BaseModel):
+    """Base: immutable, no unknown keys, null instead of NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=())
+
+
+ManifestT = TypeVar("ManifestT", bound=Manifest)
+
+
+class FileRecord(Manifest):
+    """A file inside the folder of the manifest."""
+
+    path: str
+    bytes: int
+    sha256: Sha256
+
+
+class ShardRecord(FileRecord):
+    """One Parquet shard of a prepared data set."""
+
+    split: str
+    rows: int
+
+
+class SplitCounts(Manifest):
+    """What one split holds."""
+
+    rows: int
+    normal: int
+    metastatic: int
+    unlabelled: int = 0
+    groups: int
+    """Groups (slides, or patches connected by shared pixels; a patch alone is a group of one)."""
+
+
+class SplitReport(Manifest):
+    """How rows were dealt to the splits."""
+
+    method: SplitMethod
+    seed: int
+    ratios: tuple[float, float, float]
+    folds: int | None
+    groups: int
+    multi_patch_groups: int
+    largest_group_rows: int
+    overlap_pairs: int | None
+    """Pairs of patches that share pixels; null where they were not searched for."""
+    notes: list[str]
+    """What a reader of any number made from this data set must know, e.g. a skewed split and its reason."""
+
+
+class DatasetManifest(Manifest):
+    """`dataset.json`: written last; a folder without it is not a prepared data set."""
+
+    format_version: int
+    created_at: str
+    source: dict[str, Any]
+    """Kind, paths and `inputs_sha256`, a digest of the labels file and of the listing of the images."""
+    config: dict[str, Any]
+    """The whole PrepareConfig."""
+    counts: dict[str, SplitCounts]
+    """Split name -> counts."""
+    class_weights: dict[str, float] | None
+    """`{"normal": 1.0, "metastatic": N_negative / N_positive}` of the training split; null where a class is absent there."""
+    channel_mean: Rgb
+    """Of the training split, scale 0..1, RGB."""
+    channel_std: Rgb
+    patch_size_px: int
+    dtype: Literal["uint8"]
+    channel_order: Literal["RGB"]
+    spacing_um_px: float | None
+    split: SplitReport
+    leak_level: LeakLevel
+    rejected: dict[str, int]
+    """Reason -> refused inputs."""
+    shards: list[ShardRecord]
+    files: list[FileRecord]
+    """index.parquet, rejected.parquet, report.html."""
+    fingerprint: Sha256
+    """SHA-256 over the lines `id,label,split,pixel_sha1` sorted by id."""
+    library_versions: dict[str, str]
+    git_commit: str | None
+
+
+class ThresholdRule(Manifest):
+    """How the threshold was chosen on validation."""
+
+    target_recall: float
+    bound: float
+    """Lower 95 % bound (one-sided) of validation recall at the threshold: the lower of group bootstrap and Clopper-Pearson."""
+    reached: bool
+    """Whether `bound` is at least `target_recall`; if not, the threshold is the largest whose point recall reaches it."""
+
+
+class DataReference(Manifest):
+    """The data set a model was trained on."""
+
+    fingerprint: Sha256
+    split_method: SplitMethod
+    leak_level: LeakLevel
+    fold: int | None
+    notes: list[str]
+
+
+class ReferenceStatistics(Manifest):
+    """What validation looked like, for spotting inputs that do not."""
+
+    channel_mean: Rgb
+    channel_std: Rgb
+    positive_rate: float
+    """Share of validation patches at or above the threshold."""
+    review_rate: float
+    """Share of validation patches flagged for review."""
+    probability_deciles: list[float]
+    """The 9 deciles of calibrated validation probabilities."""
+
+
+class BundleManifest(Manifest):
+    """`bundle.json`: everything that evaluate, predict, export and serve need to know about a model."""
+
+    format_version: int
+    name: str
+    version: str
+    created_at: str
+    licence: str
+    arch: str
+    class_names: tuple[str, str]
+    patch_size_px: int
+    """What it accepts."""
+    input_size_px: int
+    """What the network sees, after resizing."""
+    spacing_um_px: float | None
+    channel_order: Literal["RGB"]
+    mean: Rgb
+    std: Rgb
+    temperature: Annotated[float, Field(gt=0)]
+    """probability = sigmoid(logit / temperature + bias)."""
+    bias: float
+    threshold: Annotated[float, Field(ge=0, le=1)]
+    """Metastatic when probability >= threshold."""
+    threshold_rule: ThresholdRule
+    review: ReviewRule
+    tta: Literal[1]
+    """Views averaged per patch; threshold and calibration belong to this setting."""
+    training_config: dict[str, Any]
+    data: DataReference
+    metrics: dict[str, Any]
+    """Statistics of predictions on validation; optimistic, since validation served several choices."""
+    reference: ReferenceStatistics
+    git_commit: str | None
+    library_versions: dict[str, str]
+    members: list[str]
+    files: dict[str, Sha256]
+    """File name -> SHA-256."""
+    digest: Sha256
+    """SHA-256 over the weights and every field that decides a prediction."""
+
+
+class Interval(Manifest):
+    """A two-sided 95 % interval; null bounds where it cannot be computed."""
+
+    low: float | None
+    high: float | None
+
+
+class MetricValue(Manifest):
+    """One metric with both intervals. The patch-wise one treats patches as independent, which they are not, so it is too narrow."""
+
+    value: float | None
+    patch_interval: Interval
+    group_interval: Interval
+
+
+class Confusion(Manifest):
+    """Counts; positive = Metastatic."""
+
+    tn: int
+    fp: int
+    fn: int
+    tp: int
+
+
+class OperatingPoint(Manifest):
+    """Metrics at one threshold."""
+
+    threshold: float
+    confusion: Confusion
+    accuracy: MetricValue
+    precision: MetricValue
+    recall: MetricValue
+    specificity: MetricValue
+    f1: MetricValue
+    fnr: MetricValue
+    fpr: MetricValue
+
+
+class EvaluationReport(Manifest):
+    """`report.json` of an evaluation. Unrounded."""
+
+    format_version: int
+    created_at: str
+    headline: str
+    warnings: list[str]
+    notice: str
+    bundle: dict[str, Any]
+    """Name, version, digest, engine."""
+    data: dict[str, Any]
+    """Path, fingerprint, split, split method, leak level, rows, groups, prevalence."""
+    roc_auc: float | None
+    roc_auc_intervals: MetricValue
+    confusion: Confusion
+    """At the bundle's threshold."""
+    at_threshold: OperatingPoint
+    at_half: OperatingPoint
+    config: dict[str, Any]
+    library_versions: dict[str, str]
+    git_commit: str | None
+
+
+def read_dataset_manifest(data: str | Path) -> DatasetManifest:
+    """Read `<data>/dataset.json`.
+
+    Raises
+    ------
+    ManifestNotFoundError
+        `data` is not a prepared data set.
+    ManifestError
+        The manifest is malformed or of another format version.
+    """
+    folder = local_path(data)
+    return _parse(DatasetManifest, folder, "dataset.json", "prepared data set", DATASET_FORMAT_VERSION)
+
+
+def read_bundle_manifest(bundle: str | Path) -> BundleManifest:
+    """Read `<bundle>/bundle.json`; raises like `read_dataset_manifest`."""
+    return _parse(BundleManifest, local_path(bundle), "bundle.json", "model bundle", BUNDLE_FORMAT_VERSION)
+
+
+def read_report(folder: str | Path) -> EvaluationReport:
+    """Read `<folder>/report.json`; raises like `read_dataset_manifest`."""
+    return _parse(EvaluationReport, local_path(folder), "report.json", "evaluation report", REPORT_FORMAT_VERSION)
+
+
+def _parse(model: type[ManifestT], folder: Path, name: str, what: str, newest: int) -> ManifestT:
+    content = read_manifest_json(folder, name, what, newest)
+    try:
+        return model(**content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ManifestError(f"{folder / name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+SCHEMAS: dict[str, type[Manifest]] = {"dataset": DatasetManifest, "bundle": BundleManifest, "report": EvaluationReport}
+
+
+def schema_text(name: str) -> str:
+    """Return the JSON Schema of one manifest as the text of its file in sentinode/schemas."""
+    return json.dumps(SCHEMAS[name].model_json_schema(), indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    for schema in SCHEMAS:
+        (Path(__file__).parent / "schemas" / f"{schema}.schema.json").write_text(schema_text(schema), encoding="utf-8")

@@ -1,0 +1,157 @@
+"""Folders that are complete or do not exist: work goes to a staging folder, the manifest is written last, then one rename.
+
+Only local paths (and mounted shared file systems) so far; every path of the project passes `local_path`, so object stores have one place to arrive.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sentinode.errors import ConfigError, ManifestError, ManifestNotFoundError, UsageError
+
+
+def local_path(uri: str | os.PathLike[str]) -> Path:
+    """Return the absolute path that a plain path or `file://` URI names.
+
+    Raises
+    ------
+    ConfigError
+        For any other scheme.
+    """
+    text = os.fspath(uri)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return Path(text).expanduser().absolute()
+    if scheme == "file":
+        return Path(rest).absolute()
+    raise ConfigError(f"{text}: {scheme}:// is not supported yet; use a local path or a mounted shared folder")
+
+
+def staging_path(out: Path) -> Path:
+    """Where the work for `out` lies until it is complete: a sibling, so that publishing is one rename on one file system."""
+    return out.with_name(out.name + ".staging")
+
+
+@contextmanager
+def exclusive(out: Path) -> Iterator[None]:
+    """Hold the right to write `out`; the lock goes with the process, however it ends.
+
+    Raises
+    ------
+    UsageError
+        Another process is writing the same output.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = out.with_name(f".{out.name}.lock").open("w")
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be written ({error.strerror})") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{out}: another process is writing it") from error
+        yield
+        # Removed while still held: a process that opened the same file meanwhile fails on the lock, not on half a result.
+        Path(lock.name).unlink(missing_ok=True)
+
+
+def publish(staging: Path, out: Path) -> None:
+    """Move a finished staging folder to `out`. What was at `out` is moved aside first, so a reader sees the old, none or the new."""
+    for path in sorted(staging.rglob("*")):
+        if path.is_file():
+            _fsync(path)
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    staging.rename(out)
+    _fsync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write strict JSON (no NaN), indented, keys as given."""
+    write_text_atomic(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def canonical_json(content: Any) -> bytes:
+    """One byte string per value: sorted keys, no spaces, no NaN. What digests are computed over."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+
+
+def read_manifest_json(folder: Path, name: str, what: str, newest: int) -> dict[str, Any]:
+    """Read `folder/name` and check its format version.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder that `name` makes a `what`.
+    name : str
+        File name of the manifest.
+    what : str
+        For the error line, e.g. "prepared data set".
+    newest : int
+        Newest format version this program writes; it and the one before are read.
+
+    Raises
+    ------
+    ManifestNotFoundError
+        The file does not exist.
+    ManifestError
+        It is not a JSON object, or of a format version this program does not read.
+    """
+    path = folder / name
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ManifestNotFoundError(f"not a {what}: {folder} (no {name} there)") from error
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{path}: cannot be read as JSON ({error})") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if not isinstance(version, int):
+        raise ManifestError(f"{path}: no format_version in it")
+    if version > newest:
+        raise ManifestError(f"{path}: format version {version} is newer than {newest}, the newest this program reads; upgrade sentinode")
+    if version < newest - 1:
+        raise ManifestError(f"{path}: format version {version} is older than {newest - 1}, the oldest this program reads; make it again")
+    return content
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_record(folder: Path, name: str) -> dict[str, Any]:
+    """Return `{"path", "bytes", "sha256"}` of a file as manifests list it."""
+    path = folder / name
+    return {"path": name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}

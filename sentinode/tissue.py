@@ -1,0 +1,43 @@
+"""Is there tissue on a patch? The rule is the one the Kaggle set itself was filtered with."""
+
+import numpy as np
+import numpy.typing as npt
+
+from sentinode.images import UInt8Array
+
+TISSUE_SATURATION = 0.07
+"""Maximum HSV saturation below which a patch counts as background (PatchCamelyon's own filter, github.com/basveeling/pcam)."""
+BLACK_MAX = 10
+"""A patch whose brightest value is at most this is black."""
+WHITE_MIN = 245
+"""A patch whose darkest value is at least this is white."""
+
+
+def saturation(patches: UInt8Array) -> npt.NDArray[np.float32]:
+    """Return HSV saturation per pixel, (max - min) / max over channels, 0 for black.
+
+    `patches`: uint8, shape (..., 3), RGB. Returns float32 of shape (...), 0..1.
+    """
+    high = patches.max(axis=-1)
+    low = patches.min(axis=-1)
+    result: npt.NDArray[np.float32] = (high - low).astype(np.float32) / np.maximum(high, 1)
+    return result
+
+
+def tissue_fraction(patches: UInt8Array) -> npt.NDArray[np.float32]:
+    """Return the share of pixels with saturation of at least 0.07. `patches`: uint8 (n, h, w, 3) -> float32 (n,), 0..1."""
+    fraction: npt.NDArray[np.float32] = (saturation(patches) >= TISSUE_SATURATION).mean(axis=(1, 2), dtype=np.float32)
+    return fraction
+
+
+def is_black_or_white(patches: UInt8Array) -> npt.NDArray[np.bool_]:
+    """Tell which patches hold no image at all: maximum <= 10 or minimum >= 245. `patches`: uint8 (n, h, w, 3) -> bool (n,)."""
+    flat = patches.reshape(len(patches), -1)
+    blank: npt.NDArray[np.bool_] = (flat.max(axis=1) <= BLACK_MAX) | (flat.min(axis=1) >= WHITE_MIN)
+    return blank
+
+
+def is_pale(patches: UInt8Array) -> npt.NDArray[np.bool_]:
+    """Tell which patches have a maximum saturation below 0.07: glass, or tissue without stain. `patches`: uint8 (n, h, w, 3) -> bool (n,)."""
+    pale: npt.NDArray[np.bool_] = saturation(patches).max(axis=(1, 2)) < TISSUE_SATURATION
+    return pale
