@@ -100,6 +100,6 @@ def _to_rgb(image: Image.Image) -> UInt8Array:
         return np.asarray(image)
     if image.mode == "L" or (image.mode == "P" and "transparency" not in image.info):
         return np.asarray(image.convert("RGB"))
-    if image.mode == "RGBA" and image.getextrema()[3] == (255, 255):
+    if image.mode == "RGBA" and image.getchannel("A").getextrema() == (255, 255):
         return np.asarray(image.convert("RGB"))
     raise PatchError(PatchErrorCode.WRONG_MODE, f"the image has mode {image.mode}; expected 8-bit RGB")

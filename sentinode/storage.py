@@ -135,8 +135,7 @@ def read_manifest_json(folder: Path, name: str, what: str, newest: int) -> dict[
         raise ManifestNotFoundError(f"not a {what}: {folder} (no {name} there)") from error
     except (OSError, ValueError) as error:
         raise ManifestError(f"{path}: cannot be read as JSON ({error})") from error
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if not isinstance(version, int):
+    if not isinstance(content, dict) or not isinstance(version := content.get("format_version"), int):
         raise ManifestError(f"{path}: no format_version in it")
     if version > newest:
         raise ManifestError(f"{path}: format version {version} is newer than {newest}, the newest this program reads; upgrade sentinode")

@@ -1,0 +1,194 @@
+"""The bundle: weights and everything needed to use them. The only thing evaluate, predict, export and serve read."""
+
+import hashlib
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+from sentinode import CLASS_NAMES
+from sentinode.config import TrainConfig
+from sentinode.errors import ManifestError
+from sentinode.manifests import (
+    BUNDLE_FORMAT_VERSION,
+    BundleManifest,
+    DataReference,
+    DatasetManifest,
+    ReferenceStatistics,
+    ThresholdRule,
+    read_bundle_manifest,
+)
+from sentinode.model_card import model_card
+from sentinode.storage import canonical_json, exclusive, local_path, publish, sha256_file, staging_path, write_json, write_text_atomic
+from sentinode.versions import git_commit, library_versions
+
+WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "model_card.md"
+
+_DECIDING_FIELDS = (
+    "arch",
+    "class_names",
+    "patch_size_px",
+    "input_size_px",
+    "channel_order",
+    "mean",
+    "std",
+    "temperature",
+    "bias",
+    "threshold",
+    "review",
+    "tta",
+    "members",
+)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose files were checked against its manifest."""
+
+    path: Path
+    manifest: BundleManifest
+
+    @classmethod
+    def open(cls, bundle: str | Path) -> "Bundle":
+        """Open and verify.
+
+        Raises
+        ------
+        ManifestNotFoundError
+            `bundle` is not a bundle.
+        ManifestError
+            It was tampered with, is incomplete, or of another format version.
+        """
+        opened = cls(local_path(bundle), read_bundle_manifest(bundle))
+        problems = opened.verify()
+        if problems:
+            raise ManifestError(f"{opened.path}: {problems[0]}")
+        return opened
+
+    def verify(self) -> list[str]:
+        """Re-check every checksum and the digest; return one line per problem."""
+        problems = []
+        for name, expected in self.manifest.files.items():
+            if Path(name).name != name:
+                problems.append(f"{name}: not a plain file name")
+            elif not (self.path / name).is_file():
+                problems.append(f"{name}: missing")
+            elif sha256_file(self.path / name) != expected:
+                problems.append(f"{name}: sha256 differs from bundle.json")
+        if WEIGHTS_FILE not in self.manifest.files:
+            problems.append(f"bundle.json lists no {WEIGHTS_FILE}")
+        elif digest_of(self.manifest.model_dump(mode="json")) != self.manifest.digest:
+            problems.append("bundle.json: digest does not match its fields")
+        return problems
+
+    def read_weights(self) -> dict[str, torch.Tensor]:
+        """Return the weights on the CPU, from the very bytes whose checksum is in the manifest.
+
+        Raises
+        ------
+        ManifestError
+            The file changed since the bundle was opened.
+        """
+        data = (self.path / WEIGHTS_FILE).read_bytes()
+        if hashlib.sha256(data).hexdigest() != self.manifest.files[WEIGHTS_FILE]:
+            raise ManifestError(f"{self.path / WEIGHTS_FILE}: sha256 differs from bundle.json")
+        return load(data)
+
+
+def digest_of(manifest: dict[str, Any]) -> str:
+    """Return the digest of a manifest in its JSON form: SHA-256 over the weights' checksum and every field that decides a prediction."""
+    deciding = {name: manifest[name] for name in _DECIDING_FIELDS} | {"weights": manifest["files"][WEIGHTS_FILE]}
+    return hashlib.sha256(canonical_json(deciding)).hexdigest()
+
+
+def write_bundle(
+    out: str | Path,
+    weights: dict[str, torch.Tensor],
+    *,
+    config: TrainConfig,
+    dataset: DatasetManifest,
+    temperature: float,
+    bias: float,
+    threshold: float,
+    threshold_rule: ThresholdRule,
+    metrics: dict[str, Any],
+    reference: ReferenceStatistics,
+    name: str = "sentinode",
+    version: str = "1",
+    licence: str = "Apache-2.0",
+) -> Bundle:
+    """Write a bundle; it appears whole or not at all. An older one at `out` is replaced.
+
+    Parameters
+    ----------
+    out : str or Path
+        Folder to make.
+    weights : dict of str to tensor
+        `sentinode.model.state_for_storage` of the network.
+    config : TrainConfig
+        What it was trained with; stored whole.
+    dataset : DatasetManifest
+        What it was trained on.
+    temperature, bias, threshold, threshold_rule
+        Of `sentinode.calibration`, fitted on validation.
+    metrics : dict
+        Statistics of predictions on validation: no times, rates or paths; None, never NaN.
+    reference : ReferenceStatistics
+    name, version, licence : str
+        For people.
+    """
+    target = local_path(out)
+    with exclusive(target):
+        staging = staging_path(target)
+        if staging.exists():
+            for left in staging.iterdir():
+                left.unlink()
+        staging.mkdir(parents=True, exist_ok=True)
+        # No metadata in the header: the same weights are the same bytes.
+        (staging / WEIGHTS_FILE).write_bytes(save(weights))
+        fields: dict[str, Any] = {
+            "format_version": BUNDLE_FORMAT_VERSION,
+            "name": name,
+            "version": version,
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "licence": licence,
+            "arch": config.arch,
+            "class_names": list(CLASS_NAMES),
+            "patch_size_px": dataset.patch_size_px,
+            "input_size_px": config.input_size_px,
+            "spacing_um_px": dataset.spacing_um_px,
+            "channel_order": "RGB",
+            "mean": list(config.mean),
+            "std": list(config.std),
+            "temperature": temperature,
+            "bias": bias,
+            "threshold": threshold,
+            "threshold_rule": threshold_rule.model_dump(mode="json"),
+            "review": config.review.model_dump(mode="json"),
+            "tta": 1,
+            "training_config": config.model_dump(mode="json"),
+            "data": DataReference(
+                fingerprint=dataset.fingerprint,
+                split_method=dataset.split.method,
+                leak_level=dataset.leak_level,
+                fold=config.fold,
+                notes=dataset.split.notes,
+            ).model_dump(mode="json"),
+            "metrics": metrics,
+            "reference": reference.model_dump(mode="json"),
+            "git_commit": git_commit(),
+            "library_versions": library_versions(),
+            "members": [],
+        }
+        fields["files"] = {WEIGHTS_FILE: sha256_file(staging / WEIGHTS_FILE)}
+        fields["digest"] = digest_of(fields)
+        write_text_atomic(staging / CARD_FILE, model_card(fields))
+        fields["files"][CARD_FILE] = sha256_file(staging / CARD_FILE)
+        manifest = BundleManifest(**fields)
+        write_json(staging / "bundle.json", manifest.model_dump(mode="json"))
+        publish(staging, target)
+    return Bundle(target, manifest)

@@ -1,0 +1,143 @@
+"""The network: construction, initial weights, and which of its stages train."""
+
+from pathlib import Path
+from pickle import UnpicklingError
+from urllib.error import URLError
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torchvision import models
+
+from sentinode.errors import ConfigError, UsageError
+from sentinode.storage import local_path
+
+STAGES = (("fc",), ("layer4",), ("layer3",), ("layer2",), ("layer1",), ("conv1", "bn1"))
+"""Modules of a torchvision ResNet that `unfreeze_depth` d adds at index d, from the head to the stem."""
+
+_ARCHITECTURES = {
+    "resnet18": (models.resnet18, models.ResNet18_Weights.IMAGENET1K_V1),
+    "resnet34": (models.resnet34, models.ResNet34_Weights.IMAGENET1K_V1),
+}
+
+
+def build_model(arch: str, *, weights: str = "none", num_classes: int = 2) -> nn.Module:
+    """Build a network whose forward maps float (n, 3, side, side), normalised, to logits (n, num_classes).
+
+    Parameters
+    ----------
+    arch : str
+        "resnet18" or "resnet34".
+    weights : str
+        "none" (random, from torch's global generator), "imagenet" (torchvision's enum, downloaded once into torch's cache), or the path or
+        file:// URI of a .safetensors file, of a .pth state dict (read with weights_only=True) or of a bundle folder.
+    num_classes : int
+        Outputs of the head. A stored head of another size is replaced by a random one.
+
+    Raises
+    ------
+    ConfigError
+        Unknown architecture.
+    UsageError
+        The weights cannot be had or do not fit the architecture.
+    """
+    if arch not in _ARCHITECTURES:
+        raise ConfigError(f"arch: got {arch!r}, expected one of {', '.join(_ARCHITECTURES)}")
+    build, enum = _ARCHITECTURES[arch]
+    model: nn.Module = build(weights=None, num_classes=num_classes)
+    if weights == "none":
+        return model
+    if weights == "imagenet":
+        try:
+            state = enum.get_state_dict(progress=False, check_hash=True)
+        except (URLError, OSError, RuntimeError) as error:
+            raise UsageError(
+                f"weights imagenet: {enum.url.rsplit('/', 1)[-1]} is neither cached in {torch.hub.get_dir()}/checkpoints nor downloadable "
+                f"({error}); put the file there, or set weights to a file, a bundle or none"
+            ) from error
+        source = "imagenet"
+    else:
+        state, source = _read_state(weights), weights
+    _load_trunk(model, state, source)
+    return model
+
+
+def _read_state(weights: str) -> dict[str, torch.Tensor]:
+    path = local_path(weights)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UsageError(f"weights {weights}: no such file; expected imagenet, none, a .safetensors or .pth file, or a bundle folder") from error
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
+        raise UsageError(f"weights {weights}: cannot be read ({str(error).splitlines()[0]})") from error
+    except UnpicklingError as error:
+        raise UsageError(f"weights {weights}: refused, it holds more than tensors") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UsageError(f"weights {weights}: expected a state dict, a mapping of names to tensors")
+    return state
+
+
+def _load_trunk(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """Load everything that fits; a head of another size stays random, anything else that does not fit is an error."""
+    own = model.state_dict()
+    head = {name for name in own if name.startswith("fc.") and name in state and state[name].shape != own[name].shape}
+    usable = {name: value for name, value in state.items() if name not in head}
+    wrong = sorted(name for name in usable if name not in own or usable[name].shape != own[name].shape)
+    missing = sorted(name for name in own if name not in usable and not name.startswith("fc."))
+    if wrong or missing:
+        what = f"{wrong[0]} does not fit" if wrong else f"{missing[0]} is missing"
+        raise UsageError(f"weights {source}: made for another architecture ({what})")
+    model.load_state_dict(usable, strict=False)
+
+
+def set_unfreeze_depth(model: nn.Module, depth: int) -> None:
+    """Let the head and `depth` more stages train; freeze the rest. Any order, repeatable.
+
+    Call `train_mode` afterwards: frozen stages stay in eval mode, so that their BatchNorm statistics do not drift.
+
+    Raises
+    ------
+    ConfigError
+        `depth` is not 0..5.
+    """
+    if not 0 <= depth < len(STAGES):
+        raise ConfigError(f"unfreeze_depth: got {depth}, expected 0 to {len(STAGES) - 1}")
+    for index, names in enumerate(STAGES):
+        for name in names:
+            for parameter in model.get_submodule(name).parameters():
+                parameter.requires_grad_(index <= depth)
+
+
+def train_mode(model: nn.Module) -> None:
+    """Put stages that train into train mode and frozen ones into eval mode."""
+    model.eval()
+    for names in STAGES:
+        for name in names:
+            stage = model.get_submodule(name)
+            stage.train(any(parameter.requires_grad for parameter in stage.parameters()))
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return (all parameters, parameters that train)."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+
+
+def state_for_storage(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights as contiguous CPU tensors, names as torchvision's."""
+    return {name: value.detach().to("cpu").contiguous() for name, value in model.state_dict().items()}
+
+
+def is_weights_path(weights: str) -> bool:
+    """Tell whether `weights` names a file or folder rather than a keyword."""
+    return weights not in ("imagenet", "none")
+
+
+def weights_location(weights: str) -> Path | None:
+    """Return the absolute path that `weights` names, None for a keyword."""
+    return local_path(weights) if is_weights_path(weights) else None

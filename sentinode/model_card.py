@@ -1,0 +1,67 @@
+"""The model card: bundle.json told to people."""
+
+from typing import Any
+
+from sentinode import RESEARCH_USE_NOTICE
+
+LEAK_MEANING = {
+    "slide": "No slide has patches in more than one split.",
+    "pixels": (
+        "No two patches of different splits share pixels; patches of one slide may stand in several splits, and intervals assume unrelated slides."
+    ),
+    "none": (
+        "LEAKY: patches were dealt at random, so neighbours of test patches were trained on. "
+        "Figures are too good and comparable only with others made so."
+    ),
+}
+"""What each leak level of a data set means for a reader of its figures."""
+
+
+def model_card(manifest: dict[str, Any]) -> str:
+    """Return the card of a bundle, Markdown, from the JSON form of its manifest."""
+    rule, data, metrics = manifest["threshold_rule"], manifest["data"], manifest["metrics"]
+    reached = "reached" if rule["reached"] else "NOT reached: too few or too hard validation patches"
+    rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in metrics.items() if not isinstance(value, dict | list))
+    return f"""# {manifest["name"]} {manifest["version"]}
+
+> {RESEARCH_USE_NOTICE}
+
+A {manifest["arch"]} that tells whether the centre 32x32 pixels of a lymph-node H&E patch hold metastatic tissue.
+
+| | |
+|---|---|
+| digest | `{manifest["digest"]}` |
+| licence | {manifest["licence"]} |
+| made | {manifest["created_at"]} |
+| input | {manifest["patch_size_px"]}x{manifest["patch_size_px"]} pixels, 8-bit RGB, {manifest["spacing_um_px"] or "unknown"} um/px; \
+the network sees {manifest["input_size_px"]}x{manifest["input_size_px"]} |
+| decision | {manifest["class_names"][1]} when the calibrated probability is at least {manifest["threshold"]:.6g} |
+| calibration | sigmoid(logit / {manifest["temperature"]:.6g} + {manifest["bias"]:.6g}), fitted on validation |
+
+## How the threshold was chosen
+
+The largest threshold whose validation recall has a lower 95 % bound of at least {rule["target_recall"]}; the bound is the lower of a group \
+bootstrap and Clopper-Pearson, one-sided. Here the bound is {rule["bound"]:.4f}: {reached}.
+
+## Data
+
+Fingerprint `{data["fingerprint"]}`, split by {data["split_method"]}. {LEAK_MEANING[data["leak_level"]]}
+{"".join(f"{chr(10)}- {note}" for note in data["notes"])}
+
+## On validation
+
+Validation chose the epoch, the calibration and the threshold, so these figures are optimistic; see `sentinode evaluate` for the test split.
+
+| metric | value |
+|---|---|
+{rows}
+
+## Limits
+
+Positive predictive value depends on prevalence: at a prevalence of 1 % most positives of any such model are false. Other scanners, stains, \
+tissues and magnifications than the training set's were not tried. A probability is about one patch, not about a slide or a patient.
+"""
+
+
+def _cell(value: Any) -> str:
+    return "not defined" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)

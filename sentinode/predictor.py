@@ -1,0 +1,86 @@
+"""A bundle at work: patches in, decisions out. The same object evaluates, predicts and serves."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sentinode.bundle import Bundle
+from sentinode.errors import PatchError, PatchErrorCode
+from sentinode.images import UInt8Array
+from sentinode.manifests import BundleManifest
+from sentinode.model import build_model
+from sentinode.preprocess import network_input
+from sentinode.probability import Decision, decide
+from sentinode.tissue import is_pale
+
+
+class Predictor:
+    """A loaded bundle.
+
+    Attributes
+    ----------
+    manifest : BundleManifest
+    engine : str
+        What runs the network: "torch".
+    device : str
+        "cpu" or "cuda".
+    """
+
+    def __init__(self, bundle: Bundle, *, engine: str = "auto", device: str = "cpu") -> None:
+        self.manifest: BundleManifest = bundle.manifest
+        # The one rule of `auto`: the fastest verified engine that is in the bundle. Bundles hold only torch weights so far.
+        self.engine = "torch" if engine == "auto" else engine
+        self.device = device
+        self._model = build_model(self.manifest.arch, weights="none")
+        self._model.load_state_dict(bundle.read_weights())
+        self._model.eval().to(device)
+
+    @classmethod
+    def load(cls, bundle: str | Path, *, engine: str = "auto", device: str = "cpu") -> "Predictor":
+        """Open, verify and load a bundle; raises like `Bundle.open`."""
+        return cls(Bundle.open(bundle), engine=engine, device=device)
+
+    @torch.inference_mode()
+    def logits(self, patches: UInt8Array, batch_size: int = 256) -> npt.NDArray[np.float32]:
+        """Return z1 - z0.
+
+        Parameters
+        ----------
+        patches : ndarray of uint8, shape (n, patch_size_px, patch_size_px, 3), RGB
+        batch_size : int
+            Patches per forward pass.
+
+        Returns
+        -------
+        ndarray of float32, shape (n,)
+
+        Raises
+        ------
+        PatchError
+            The patches have another shape or dtype than the bundle accepts.
+        """
+        side = self.manifest.patch_size_px
+        if patches.dtype != np.uint8 or patches.shape[1:] != (side, side, 3):
+            raise PatchError(
+                PatchErrorCode.WRONG_SIZE, f"got {patches.dtype} patches of shape {patches.shape[1:]}; expected uint8 ({side}, {side}, 3)"
+            )
+        parts = [np.empty(0, np.float32)]
+        for start in range(0, len(patches), batch_size):
+            batch = torch.tensor(patches[start : start + batch_size], device=self.device)
+            z = self._model(network_input(batch, self.manifest.input_size_px, self.manifest.mean, self.manifest.std))
+            parts.append((z[:, 1] - z[:, 0]).float().cpu().numpy())
+        return np.concatenate(parts)
+
+    def decide(self, patches: UInt8Array, batch_size: int = 256) -> list[Decision]:
+        """Return one Decision per patch, in order; parameters and errors as for `logits`."""
+        manifest = self.manifest
+        return decide(
+            self.logits(patches, batch_size),
+            temperature=manifest.temperature,
+            bias=manifest.bias,
+            threshold=manifest.threshold,
+            review=manifest.review,
+            pale=is_pale(patches),
+        )
