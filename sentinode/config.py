@@ -359,8 +359,8 @@ class PredictConfig(Config):
 class ServeConfig(Config):
     """How a bundle is served over HTTP. The `args` of serve/config.yaml."""
 
-    bundle: str
-    """Folder of the bundle."""
+    bundle: str = ""
+    """Folder of the bundle; empty = the one that the environment variable SENTINODE_BUNDLE names."""
     auth: Literal["keys", "none"] = "keys"
     """`keys`: requests need an API key (from SENTINODE_API_KEYS or `api_keys_file`); `none`: anyone who reaches the port may call."""
     api_keys_file: str | None = None
@@ -394,7 +394,9 @@ class ServeConfig(Config):
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1
     """CPUs reserved for each classifier; whole CPUs are also its torch threads."""
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0
-    """GPUs, or a part of one, reserved for each classifier."""
+    """GPUs, or a part of one, reserved for each classifier; above 0 the network runs on CUDA."""
+    cpus_per_ingress: Annotated[float, Field(gt=0)] = 0.5
+    """CPUs reserved for each HTTP ingress. Only with topology `split`; a fused replica has `cpus_per_replica` for both."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 30
     """A request that takes longer is answered 504."""
     drain_timeout_s: Annotated[float, Field(gt=0)] = 30

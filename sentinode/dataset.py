@@ -141,21 +141,30 @@ class PreparedDataset:
         ManifestError
             The file is missing, damaged, or has another number of rows than the manifest says.
         """
-        path = self.path / shard.path
-        try:
-            table = pq.read_table(path, columns=["id", "label", "group", "image"], partitioning=None)
-        except (OSError, pa.ArrowException) as error:
-            raise ManifestError(f"{path}: cannot be read ({str(error).splitlines()[0]}); `sentinode verify` checks the whole data set") from error
-        if table.num_rows != shard.rows:
-            raise ManifestError(f"{path}: {table.num_rows} rows, but dataset.json says {shard.rows}")
+        table = self._read_table(shard, ["id", "label", "group", "image"])
         if table["label"].null_count:
-            raise UsageError(f"{path}: unlabelled rows; training and evaluation need labels")
+            raise UsageError(f"{self.path / shard.path}: unlabelled rows; training and evaluation need labels")
         return Patches(
             ids=np.asarray(table["id"].to_pylist(), dtype=np.str_),
             labels=table["label"].to_numpy().astype(np.int64),
             groups=np.asarray(table["group"].to_pylist(), dtype=np.str_),
             images=column_to_images(table["image"], self.manifest.patch_size_px),
         )
+
+    def read_pixels(self, shard: ShardRecord) -> tuple[list[str], UInt8Array]:
+        """Return ids and pixels, uint8 (n, side, side, 3), of one shard, labelled or not; raises like `read_shard`."""
+        table = self._read_table(shard, ["id", "image"])
+        return table["id"].to_pylist(), column_to_images(table["image"], self.manifest.patch_size_px)
+
+    def _read_table(self, shard: ShardRecord, columns: list[str]) -> pa.Table:
+        path = self.path / shard.path
+        try:
+            table = pq.read_table(path, columns=columns, partitioning=None)
+        except (OSError, pa.ArrowException) as error:
+            raise ManifestError(f"{path}: cannot be read ({str(error).splitlines()[0]}); `sentinode verify` checks the whole data set") from error
+        if table.num_rows != shard.rows:
+            raise ManifestError(f"{path}: {table.num_rows} rows, but dataset.json says {shard.rows}")
+        return table
 
     def read_split(self, split: str) -> Patches:
         """Read a whole split into memory (27,648 bytes a patch at 96 px), in shard order."""

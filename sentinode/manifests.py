@@ -13,6 +13,7 @@ from sentinode.storage import local_path, read_manifest_json
 DATASET_FORMAT_VERSION = 1
 BUNDLE_FORMAT_VERSION = 1
 REPORT_FORMAT_VERSION = 1
+PREDICTIONS_FORMAT_VERSION = 1
 
 LeakLevel = Literal["slide", "pixels", "none"]
 SplitMethod = Literal["overlap", "slide", "random", "predefined"]
@@ -238,6 +239,30 @@ class EvaluationReport(Manifest):
     git_commit: str | None
 
 
+class PredictionPart(FileRecord):
+    """One Parquet file of predictions."""
+
+    rows: int
+
+
+class PredictionsManifest(Manifest):
+    """`_manifest.json` of a folder of predictions."""
+
+    format_version: int
+    created_at: str
+    source: str
+    rows: int
+    errors: int
+    """Inputs that could not be read as a patch: rows with `error` set and null predictions."""
+    model: dict[str, str]
+    """Name, version, digest, engine."""
+    parts: list[PredictionPart]
+    notice: str
+    config: dict[str, Any]
+    library_versions: dict[str, str]
+    git_commit: str | None
+
+
 def read_dataset_manifest(data: str | Path) -> DatasetManifest:
     """Read `<data>/dataset.json`.
 
@@ -262,6 +287,11 @@ def read_report(folder: str | Path) -> EvaluationReport:
     return _parse(EvaluationReport, local_path(folder), "report.json", "evaluation report", REPORT_FORMAT_VERSION)
 
 
+def read_predictions_manifest(folder: str | Path) -> PredictionsManifest:
+    """Read `<folder>/_manifest.json`; raises like `read_dataset_manifest`."""
+    return _parse(PredictionsManifest, local_path(folder), "_manifest.json", "folder of predictions", PREDICTIONS_FORMAT_VERSION)
+
+
 def _parse(model: type[ManifestT], folder: Path, name: str, what: str, newest: int) -> ManifestT:
     content = read_manifest_json(folder, name, what, newest)
     try:
@@ -271,7 +301,12 @@ def _parse(model: type[ManifestT], folder: Path, name: str, what: str, newest: i
         raise ManifestError(f"{folder / name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
-SCHEMAS: dict[str, type[Manifest]] = {"dataset": DatasetManifest, "bundle": BundleManifest, "report": EvaluationReport}
+SCHEMAS: dict[str, type[Manifest]] = {
+    "dataset": DatasetManifest,
+    "bundle": BundleManifest,
+    "report": EvaluationReport,
+    "predictions": PredictionsManifest,
+}
 
 
 def schema_text(name: str) -> str:

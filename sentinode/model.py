@@ -1,6 +1,5 @@
 """The network: construction, initial weights, and which of its stages train."""
 
-from pathlib import Path
 from pickle import UnpicklingError
 from urllib.error import URLError
 
@@ -131,13 +130,3 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def state_for_storage(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the weights as contiguous CPU tensors, names as torchvision's."""
     return {name: value.detach().to("cpu").contiguous() for name, value in model.state_dict().items()}
-
-
-def is_weights_path(weights: str) -> bool:
-    """Tell whether `weights` names a file or folder rather than a keyword."""
-    return weights not in ("imagenet", "none")
-
-
-def weights_location(weights: str) -> Path | None:
-    """Return the absolute path that `weights` names, None for a keyword."""
-    return local_path(weights) if is_weights_path(weights) else None

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from sentinode.bundle import Bundle
 from sentinode.errors import PatchError, PatchErrorCode
 from sentinode.images import UInt8Array
+from sentinode.inference import network_logits
 from sentinode.manifests import BundleManifest
 from sentinode.model import build_model
-from sentinode.preprocess import network_input
 from sentinode.probability import Decision, decide
 from sentinode.tissue import is_pale
 
@@ -42,7 +41,6 @@ class Predictor:
         """Open, verify and load a bundle; raises like `Bundle.open`."""
         return cls(Bundle.open(bundle), engine=engine, device=device)
 
-    @torch.inference_mode()
     def logits(self, patches: UInt8Array, batch_size: int = 256) -> npt.NDArray[np.float32]:
         """Return z1 - z0.
 
@@ -66,12 +64,16 @@ class Predictor:
             raise PatchError(
                 PatchErrorCode.WRONG_SIZE, f"got {patches.dtype} patches of shape {patches.shape[1:]}; expected uint8 ({side}, {side}, 3)"
             )
-        parts = [np.empty(0, np.float32)]
-        for start in range(0, len(patches), batch_size):
-            batch = torch.tensor(patches[start : start + batch_size], device=self.device)
-            z = self._model(network_input(batch, self.manifest.input_size_px, self.manifest.mean, self.manifest.std))
-            parts.append((z[:, 1] - z[:, 0]).float().cpu().numpy())
-        return np.concatenate(parts)
+        manifest = self.manifest
+        return network_logits(
+            self._model,
+            patches,
+            input_size_px=manifest.input_size_px,
+            mean=manifest.mean,
+            std=manifest.std,
+            batch_size=batch_size,
+            device=self.device,
+        )
 
     def decide(self, patches: UInt8Array, batch_size: int = 256) -> list[Decision]:
         """Return one Decision per patch, in order; parameters and errors as for `logits`."""

@@ -1,0 +1,164 @@
+"""The Ray that a verb runs on: a local one it starts itself, the one named by RAY_ADDRESS, or the one a job was submitted to."""
+
+import logging
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from sentinode.errors import CapacityError, UsageError
+
+_START_TIMEOUT_S = 60
+# A cloud node takes minutes to boot and pull its image; Ray Train's own 60 s would give up on every cold start.
+_AUTOSCALED_START_TIMEOUT_S = 900
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one verb occupies at a time.
+
+    Attributes
+    ----------
+    workers : int
+        Processes that must run together (DDP workers, inference actors).
+    cpus_per_worker : float
+    gpus_per_worker : float
+    other_cpus : float
+        CPUs beside the workers: drivers and data tasks.
+    """
+
+    workers: int
+    cpus_per_worker: float = 1
+    gpus_per_worker: float = 0
+    other_cpus: float = 1
+
+    @property
+    def cpus(self) -> float:
+        """All CPUs."""
+        return self.workers * self.cpus_per_worker + self.other_cpus
+
+    @property
+    def gpus(self) -> float:
+        """All GPUs."""
+        return self.workers * self.gpus_per_worker
+
+
+@contextmanager
+def connected(need_workers: int, *, verbose: bool = False) -> Iterator[None]:
+    """Be connected to Ray inside the block; what is started here is stopped at its end.
+
+    A Ray that we start listens on localhost, asks for a token of its own (nothing is written to the user's home) and has at least
+    `need_workers + 2` logical CPUs, so that driver, workers and ingest fit on a small machine.
+
+    Raises
+    ------
+    UsageError
+        RAY_ADDRESS names a cluster that cannot be reached.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    noise: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            with _standard_error_kept(verbose):
+                ray.init(address=address, **noise)
+        except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+            raise UsageError(f"RAY_ADDRESS={address}: no Ray cluster can be reached there ({_first_line(error)})") from error
+    else:
+        if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            # Ray then turns token authentication on by itself, and without a token at hand would write one to the user's home.
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # Ray warns on the terminal when four times this many of its processes start at once; a small sweep does.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(4, os.cpu_count() or 1)))
+        with _standard_error_kept(verbose):
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, need_workers + 2),
+                # Needed: Ray Train frees the workers of a stopped trial through the dashboard's state API.
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                **noise,
+            )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _standard_error_kept(verbose: bool) -> Iterator[None]:
+    """Hold back what Ray's C++ core writes to standard error while it starts; told after all if the start fails, or with `verbose`."""
+    if verbose:
+        yield
+        return
+    sys.stderr.flush()
+    original = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(original, held.read())
+            raise
+        finally:
+            os.dup2(original, 2)
+            os.close(original)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def capacity() -> dict[str, float]:
+    """Return the CPUs and GPUs that the cluster has, or can grow to where it scales by itself."""
+    now = ray.cluster_resources()
+    largest = _configured_maximum()
+    return {kind: max(now.get(kind, 0.0), float(largest.get(kind, 0.0))) for kind in ("CPU", "GPU")}
+
+
+def _configured_maximum() -> dict[str, int]:
+    # The only place Ray 2.60 tells what an autoscaler may add; a test holds that it exists.
+    from ray._private.state import state
+
+    return state.get_max_resources_from_cluster_config() or {}
+
+
+def wants_gpus(use_gpu: bool | str, workers: int) -> bool:
+    """Resolve `use_gpu`: as set, or for `auto` whether the cluster can give one GPU to each of `workers`."""
+    return capacity()["GPU"] >= workers if use_gpu == "auto" else bool(use_gpu)
+
+
+def check_capacity(need: Need, verb: str) -> None:
+    """Refuse at once what could only wait for ever, and set how long Ray Train may wait for workers.
+
+    Raises
+    ------
+    CapacityError
+        More CPUs or GPUs than the cluster has and can add.
+    """
+    have = capacity()
+    for kind, wanted in (("CPU", need.cpus), ("GPU", need.gpus)):
+        if wanted > have[kind]:
+            per_worker = need.cpus_per_worker if kind == "CPU" else need.gpus_per_worker
+            beside = f" + {need.other_cpus:g} for driver and data" if kind == "CPU" else ""
+            raise CapacityError(
+                f"{verb} needs {wanted:g} {kind}s ({need.workers} workers x {per_worker:g}{beside}); "
+                f"the cluster has {have[kind]:g} and cannot add more"
+            )
+    grows = _must_grow(need)
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_AUTOSCALED_START_TIMEOUT_S if grows else _START_TIMEOUT_S))
+
+
+def _must_grow(need: Need) -> bool:
+    """Tell whether nodes must be added before `need` can be met."""
+    now = ray.cluster_resources()
+    return bool(need.cpus > now.get("CPU", 0.0) or need.gpus > now.get("GPU", 0.0))

@@ -1,0 +1,106 @@
+"""What every verb's command line shares: configuration options, logging, errors to one line, exit codes."""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from sentinode import RESEARCH_USE_NOTICE
+from sentinode.config import Config, ConfigT, load_config
+from sentinode.errors import ConfigError, SentinodeError, StoppedError
+
+PRESETS = Path(__file__).parent / "presets"
+Run = Callable[[argparse.Namespace], dict[str, Any]]
+
+logger = logging.getLogger("sentinode")
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, config: type[Config] | None) -> None:
+    """Add the options of every verb; the configuration ones where the verb has a configuration."""
+    if config is not None:
+        parser.add_argument("--config", metavar="YAML", help="file with configuration keys")
+        parser.add_argument("--preset", metavar="NAME", help="configuration that comes with the program, laid over --config")
+        parser.add_argument(
+            "--set",
+            dest="settings",
+            metavar="K=V",
+            nargs="+",
+            action="extend",
+            default=[],
+            help="configuration keys, e.g. --set epochs=3 augment.dihedral=false",
+        )
+    parser.add_argument("-v", "--verbose", action="store_true", help="show Ray's own output and tracebacks")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+
+
+def config_from(args: argparse.Namespace, model: type[ConfigT], **overrides: Any) -> ConfigT:
+    """Build the configuration a command line asks for: --config, then --preset, then --set, then overrides."""
+    files: list[str | Path] = [args.config] if args.config else []
+    if args.preset:
+        preset = PRESETS / f"{args.preset}.yaml"
+        if not preset.is_file() or Path(args.preset).name != args.preset:
+            known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml"))) or "none"
+            raise ConfigError(f"--preset {args.preset}: no such preset; there are: {known}")
+        files.append(preset)
+    return load_config(model, files, args.settings, **overrides)
+
+
+def main_of(prog: str, doc: str | None, add_arguments: Callable[[argparse.ArgumentParser], None], run: Run, argv: Sequence[str] | None = None) -> int:
+    """Run one verb as a program and return its exit code: 0 done, 1 failed, 2 wrong use, 3 stopped with a checkpoint.
+
+    `doc`: the docstring of the verb's module; its first line is the description.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=(doc or "").split("\n", 1)[0], epilog=RESEARCH_USE_NOTICE)
+    add_arguments(parser)
+    return execute(run, parser.parse_args(argv))
+
+
+def execute(run: Run, args: argparse.Namespace) -> int:
+    """Run a verb with parsed arguments: one line for an error (the traceback with -v), JSON last if asked for."""
+    _configure_output(args.verbose)
+    # One way to stop: SIGTERM takes the road of Ctrl-C, which Ray Train handles by ending its workers in order.
+    previous = signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        result = run(args)
+    except SentinodeError as error:
+        return _report(error, error.exit_code, args.verbose)
+    except KeyboardInterrupt:
+        return _report(StoppedError("stopped; repeat the command to continue"), StoppedError.exit_code, args.verbose)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if args.json:
+        print(json.dumps(result, allow_nan=False), flush=True)
+    return 0
+
+
+def _as_interrupt(signum: int, frame: FrameType | None) -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def _report(error: Exception, code: int, verbose: bool) -> int:
+    print(f"sentinode: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if verbose:
+        logger.error("traceback", exc_info=error)
+    return code
+
+
+def _configure_output(verbose: bool) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if verbose:
+        return
+    for library in ("ray", "ray.data", "ray.train", "ray.tune", "ray.serve"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    # Read by Ray's processes when they start.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+
+
+def say(text: str) -> None:
+    """Tell the person at the terminal."""
+    print(text, flush=True)

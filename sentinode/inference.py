@@ -1,0 +1,39 @@
+"""The forward pass without gradients, the same for every caller."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from sentinode.config import Rgb
+from sentinode.images import UInt8Array
+from sentinode.preprocess import network_input
+
+
+@torch.inference_mode()
+def network_logits(
+    model: nn.Module, patches: UInt8Array, *, input_size_px: int, mean: Rgb, std: Rgb, batch_size: int = 256, device: str | torch.device = "cpu"
+) -> npt.NDArray[np.float32]:
+    """Return z1 - z0 of a network in eval mode.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Maps float (n, 3, input_size_px, input_size_px) to logits (n, 2); on `device`.
+    patches : ndarray of uint8, shape (n, height, width, 3), RGB
+    input_size_px, mean, std
+        Of the bundle or training configuration.
+    batch_size : int
+        Patches per forward pass.
+
+    Returns
+    -------
+    ndarray of float32, shape (n,)
+    """
+    parts = [np.empty(0, np.float32)]
+    for start in range(0, len(patches), batch_size):
+        # A copy: patches often lie in read-only shared memory, which torch does not accept.
+        batch = torch.tensor(patches[start : start + batch_size], device=device)
+        z = model(network_input(batch, input_size_px, mean, std))
+        parts.append((z[:, 1] - z[:, 0]).float().cpu().numpy())
+    return np.concatenate(parts)

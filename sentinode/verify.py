@@ -1,0 +1,52 @@
+"""Re-checking what a manifest promises."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from sentinode.bundle import Bundle
+from sentinode.dataset import PreparedDataset
+from sentinode.errors import ManifestNotFoundError
+from sentinode.manifests import read_bundle_manifest, read_predictions_manifest
+from sentinode.storage import local_path, sha256_file
+
+
+def verify_folder(path: str | Path) -> tuple[str, list[str]]:
+    """Re-check every checksum and count of a data set, a bundle or a folder of predictions.
+
+    Returns
+    -------
+    (kind, problems)
+        One line per problem; none if the folder is whole.
+
+    Raises
+    ------
+    ManifestNotFoundError
+        The folder has none of the three manifests.
+    ManifestError
+        Its manifest is malformed or of another format version.
+    """
+    folder = local_path(path)
+    if (folder / "dataset.json").exists():
+        return "prepared data set", PreparedDataset.open(folder).verify()
+    if (folder / "bundle.json").exists():
+        return "model bundle", Bundle(folder, read_bundle_manifest(folder)).verify()
+    if (folder / "_manifest.json").exists():
+        return "folder of predictions", _verify_predictions(folder)
+    raise ManifestNotFoundError(f"{folder}: nothing to verify (no dataset.json, bundle.json or _manifest.json there)")
+
+
+def _verify_predictions(folder: Path) -> list[str]:
+    manifest = read_predictions_manifest(folder)
+    problems = []
+    for part in manifest.parts:
+        file = folder / part.path
+        if not file.is_file():
+            problems.append(f"{part.path}: missing")
+        elif sha256_file(file) != part.sha256:
+            problems.append(f"{part.path}: sha256 differs")
+        elif pq.read_metadata(file).num_rows != part.rows:
+            problems.append(f"{part.path}: {pq.read_metadata(file).num_rows} rows, expected {part.rows}")
+    if sum(part.rows for part in manifest.parts) != manifest.rows:
+        problems.append(f"the parts hold {sum(part.rows for part in manifest.parts)} rows, the manifest says {manifest.rows}")
+    return problems
