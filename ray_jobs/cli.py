@@ -104,7 +104,11 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
 
     # Fused replicas hold the model; split ones have an HTTP replica beside each, and Serve's controller and proxy want room.
     with connected(2 * config.max_replicas, verbose=args.verbose):
-        run_local(config, host=args.host, port=args.port, ready=lambda url: say(f"ready: {url}  (docs: {url}/docs; Ctrl-C stops)"))
+        try:
+            run_local(config, host=args.host, port=args.port, ready=lambda url: say(f"ready: {url}  (docs: {url}/docs; Ctrl-C stops)"))
+        except KeyboardInterrupt:
+            # The way to end a server; there is nothing to continue.
+            say("stopped")
     return {}
 
 

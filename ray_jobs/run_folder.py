@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +16,50 @@ REQUEST_FILE = "request.json"
 _OPERATIONAL = {"max_failures", "max_concurrent_trials"}
 
 
-def claim_run(folder: Path, verb: str, config: Config, fingerprint: str) -> None:
-    """Make the folder, or check that it belongs to this very request.
+@dataclass(frozen=True)
+class RunRequest:
+    """What a run folder was, or is to be, made for."""
 
-    Raises
-    ------
-    UsageError
-        It holds another run, or something else.
-    """
-    request = {"verb": verb, "config": config.model_dump(mode="json"), "data_fingerprint": fingerprint}
-    path = folder / REQUEST_FILE
-    if path.exists():
+    folder: Path
+    verb: str
+    config: Config
+    data_fingerprint: str
+
+    def _fields(self) -> dict[str, Any]:
+        return {"verb": self.verb, "config": self.config.model_dump(mode="json"), "data_fingerprint": self.data_fingerprint}
+
+    def check(self) -> None:
+        """Check that the folder is free or belongs to this very request.
+
+        Raises
+        ------
+        UsageError
+            It holds another run, or something else.
+        """
+        path = self.folder / REQUEST_FILE
+        if path.exists():
+            try:
+                difference = _difference(json.loads(path.read_text(encoding="utf-8")), self._fields())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UsageError(f"{path}: damaged; use another --out") from error
+            if difference:
+                raise UsageError(f"{self.folder} belongs to another run ({difference}); use another --out, or remove it")
+        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise UsageError(f"{self.folder} exists and is not a {self.verb} run; use another --out")
+
+    def claim(self) -> None:
+        """Make the folder, if need be, and write the request into it: from now on it belongs to this run.
+
+        Raises
+        ------
+        UsageError
+            The folder cannot be written.
+        """
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            difference = _difference(stored, request)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{path}: damaged; use another --out") from error
-        if difference:
-            raise UsageError(f"{folder} belongs to another run ({difference}); use another --out, or remove it")
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} exists and is not a {verb} run; use another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, request)
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot be written ({error.strerror})") from error
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / REQUEST_FILE, self._fields())
+        except OSError as error:
+            raise UsageError(f"{self.folder}: cannot be written ({error.strerror})") from error
 
 
 def open_finished_bundle(folder: Path) -> Bundle | None:

@@ -19,7 +19,7 @@ import torch
 
 from ray_jobs.cluster import Need, check_capacity, connected, wants_gpus
 from ray_jobs.progress import following
-from ray_jobs.run_folder import claim_run, open_finished_bundle
+from ray_jobs.run_folder import RunRequest, open_finished_bundle
 from ray_jobs.verb import add_common_arguments, config_from, main_of, say
 from sentinode.bundle import Bundle
 from sentinode.config import TrainConfig
@@ -98,13 +98,15 @@ def train(config: TrainConfig, data: str | Path, out: str | Path, *, verbose: bo
     elif config.unfreeze_depth < 5:
         say(f"warning: weights none with unfreeze_depth {config.unfreeze_depth}: the frozen stages stay random")
     with exclusive(folder):
-        claim_run(folder, "train", config, dataset.manifest.fingerprint)
+        request = RunRequest(folder, "train", config, dataset.manifest.fingerprint)
+        request.check()
         finished = open_finished_bundle(folder)
         if finished is not None:
             return TrainResult(finished, [], already_complete=True)
         with connected(config.max_workers, verbose=verbose):
             use_gpu = wants_gpus(config.use_gpu, config.min_workers)
             check_capacity(Need(config.min_workers, config.cpus_per_worker, int(use_gpu)), "train")
+            request.claim()
             rows = load_rows(dataset, config)
             with following(lambda record: say(_describe_epoch(record, config))) as log:
                 _fit(config, dataset, folder, rows, use_gpu=use_gpu, log=log)

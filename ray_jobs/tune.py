@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from ray_jobs.cluster import Need, capacity, check_capacity, connected, wants_gpus
-from ray_jobs.run_folder import claim_run, open_finished_bundle
+from ray_jobs.run_folder import RunRequest, open_finished_bundle
 from ray_jobs.sweep_report import TrialSummary, describe_point, rank, render, trials_table
 from ray_jobs.train import LoadedRows, best_checkpoint, finish, load_rows, make_trainer
 from ray_jobs.verb import add_common_arguments, config_from, main_of, say
@@ -74,7 +74,8 @@ def tune(config: SweepConfig, data: str | Path, out: str | Path, *, verbose: boo
     elif _smallest_depth(config, base) < 5:
         say("warning: weights none with unfreeze_depth below 5 in the space: the frozen stages of those trials stay random")
     with exclusive(folder):
-        claim_run(folder, "tune", config, dataset.manifest.fingerprint)
+        request = RunRequest(folder, "tune", config, dataset.manifest.fingerprint)
+        request.check()
         finished = open_finished_bundle(folder)
         if finished is not None:
             return TuneResult(finished, [], already_complete=True)
@@ -82,6 +83,7 @@ def tune(config: SweepConfig, data: str | Path, out: str | Path, *, verbose: boo
         with connected(concurrent * config.workers_per_trial * base.cpus_per_worker, verbose=verbose):
             use_gpu = wants_gpus(base.use_gpu, config.workers_per_trial)
             check_capacity(Need(config.workers_per_trial, base.cpus_per_worker, int(use_gpu)), "tune (one trial)")
+            request.claim()
             rows = load_rows(dataset, base)
             trials = rank(_search(config, base, dataset, folder, rows, use_gpu=use_gpu), config.metric)
             best = trials[0]
