@@ -3,6 +3,9 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+
+import pytest
 
 # Before anything imports Ray. A short path: Ray puts unix sockets below it, and those may have 107 characters at most.
 _RAY_FOLDER = tempfile.mkdtemp(prefix="sn-", dir="/tmp")
@@ -14,3 +17,14 @@ os.environ.pop("RAY_ADDRESS", None)
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(_RAY_FOLDER, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A local Ray with four logical CPUs, shared by all tests that need one."""
+    import ray
+
+    # With the dashboard: Train and Tune ask its state API whether workers are alive.
+    ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=False)
+    yield
+    ray.shutdown()

@@ -1,0 +1,101 @@
+"""Running the blocks of one stage as Ray Data tasks: quietly, with progress, and with errors that keep their type."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.exceptions import RayError
+
+from sentinode.errors import SentinodeError
+
+Progress = Callable[[str, int, int], None]
+"""Called as progress(stage, done, total)."""
+
+_RESULT_SCHEMA = pa.schema([("number", pa.int64()), ("result", pa.string()), ("error", pa.string())])
+
+
+def run_tasks(stage: str, function: Callable[..., Any], work: Sequence[dict[str, Any]], progress: Progress) -> list[Any]:
+    """Run `function(**item)` for every item on the cluster; Ray repeats what a lost worker or node took with it.
+
+    Parameters
+    ----------
+    stage : str
+        Name for progress and errors.
+    function : callable
+        A module-level function; its arguments and result must be JSON values, and repeating it must do no harm.
+    work : sequence of dict
+        Keyword arguments of each call.
+    progress : callable
+
+    Returns
+    -------
+    list
+        The results, in the order of `work`.
+
+    Raises
+    ------
+    SentinodeError
+        A call failed; the cause is kept.
+    """
+    if not work:
+        return []
+    tables = [pa.table({"number": [number], "arguments": [json.dumps(item)]}) for number, item in enumerate(work)]
+    results: list[Any] = [None] * len(work)
+    progress(stage, 0, len(work))
+    done = 0
+    with _quiet_context():
+        dataset = ray.data.from_arrow(tables).map_batches(
+            _call, batch_size=None, batch_format="pyarrow", compute=ray.data.TaskPoolStrategy(), num_cpus=1, fn_kwargs={"function": function}
+        )
+        try:
+            for row in dataset.iter_rows():
+                if row["error"] is not None:
+                    raise SentinodeError(f"{stage} failed: {row['error']}")
+                results[row["number"]] = json.loads(row["result"])
+                done += 1
+                progress(stage, done, len(work))
+        except RayError as error:
+            raise SentinodeError(f"{stage} failed: {_one_line(error)}") from error
+    if done != len(work):
+        raise SentinodeError(f"{stage} failed: {done} of {len(work)} results came back")
+    return results
+
+
+def _call(batch: pa.Table, function: Callable[..., Any]) -> pa.Table:
+    """Run the calls of one batch. Failures that have a clear line of their own travel as data: raised, Ray would bury them in a traceback."""
+    rows = []
+    for number, item in zip(batch["number"].to_pylist(), batch["arguments"].to_pylist(), strict=True):
+        result, failure = None, None
+        try:
+            result = json.dumps(function(**json.loads(item)))
+        except SentinodeError as error:
+            failure = str(error)
+        except OSError as error:
+            failure = f"{type(error).__name__}: {error}"
+        rows.append({"number": number, "result": result, "error": failure})
+    return pa.Table.from_pylist(rows, schema=_RESULT_SCHEMA)
+
+
+@contextmanager
+def _quiet_context() -> Iterator[None]:
+    """Set what our data sets need, and put it back: the context belongs to the whole process."""
+    context = ray.data.DataContext.get_current()
+    wanted = {"enable_progress_bars": False, "print_on_execution_start": False}
+    before = {name: getattr(context, name) for name in wanted}
+    try:
+        for name, value in wanted.items():
+            setattr(context, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
+
+
+def _one_line(error: RayError) -> str:
+    """Return the last line of the worker's traceback, which names the error; what follows it is Ray's."""
+    lines = str(error).partition("The above exception was the direct cause")[0].strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__

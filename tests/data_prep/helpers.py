@@ -1,0 +1,61 @@
+"""Small sources in the Kaggle layout, and a slow but obvious overlap search."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_prep.overlap import is_overlap
+from data_prep.rejects import DecodedPatch
+from data_prep.spool import Spool
+from sentinode.images import UInt8Array
+
+
+def noise(rng: np.random.Generator, side: int = 96) -> UInt8Array:
+    """A patch that is like no other, neither blank nor pale."""
+    return rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+
+
+def sha1(pixels: UInt8Array) -> str:
+    return hashlib.sha1(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
+def write_source(folder: Path, patches: dict[str, UInt8Array], labels: dict[str, int] | None = None) -> Path:
+    """Write `train/<id>.tif` and `train_labels.csv`; labels alternate where none are given."""
+    (folder / "train").mkdir(parents=True)
+    lines = ["id,label"]
+    for number, (id_, pixels) in enumerate(patches.items()):
+        Image.fromarray(pixels).save(folder / "train" / f"{id_}.tif")
+        lines.append(f"{id_},{labels[id_] if labels else number % 2}")
+    (folder / "train_labels.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def patch(id_: str, label: int, *, position: int = 0, pixel_sha1: str | None = None) -> DecodedPatch:
+    return DecodedPatch(position, id_, label, f"train/{id_}.tif", None, pixel_sha1 or id_, 1.0, (), (0, 0, 0), (0, 0, 0))
+
+
+def make_spool(folder: Path, images: UInt8Array, block_rows: int = 7) -> tuple[Spool, list[UInt8Array]]:
+    """Write images as a spool of several blocks; returns it and the images of each block."""
+    blocks = [images[start : start + block_rows] for start in range(0, len(images), block_rows)]
+    files = []
+    for number, block in enumerate(blocks):
+        files.append(folder / f"{number}.pixels")
+        block.tofile(files[-1])
+    return Spool(tuple(files), tuple(map(len, blocks)), images.shape[1]), blocks
+
+
+def brute_force(images: UInt8Array) -> list[tuple[int, int, int, int]]:
+    """All overlaps by the definition: every pair at every offset. One pixel is compared first, or it would take hours."""
+    side = images.shape[1]
+    found = []
+    for first in range(len(images)):
+        for second in range(first + 1, len(images)):
+            a, b = images[first].astype(np.int32), images[second].astype(np.int32)
+            for dy in range(-side + 1, side):
+                for dx in range(-side + 1, side):
+                    y, x = max(dy, 0), max(dx, 0)
+                    if (a[y, x] == b[y - dy, x - dx]).all() and is_overlap(images[first], images[second], dy, dx):
+                        found.append((first, second, dy, dx))
+    return sorted(found)

@@ -1,0 +1,258 @@
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from data_prep.output import is_complete, rejected_path, request_of
+from data_prep.prepare import prepare
+from data_prep.synth import synthesize
+from data_prep.tasks import run_tasks
+from sentinode.config import PrepareConfig
+from sentinode.dataset import INDEX_SCHEMA, REJECTED_SCHEMA, PreparedDataset, row_schema
+from sentinode.errors import RejectedInputsError, SentinodeError, UsageError
+from sentinode.storage import staging_path
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+CONFIG = PrepareConfig(decode_block_rows=64, rows_per_shard=50, row_group_rows=16, folds=3)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthesize(tmp_path_factory.mktemp("source") / "synth", 200, seed=7)
+
+
+@pytest.fixture(scope="module")
+def prepared(source: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> PreparedDataset:
+    out = tmp_path_factory.mktemp("prepared") / "out"
+    assert not prepare(CONFIG, source, out).already_complete
+    return PreparedDataset.open(out)
+
+
+@pytest.fixture
+def copy(source: Path, tmp_path: Path) -> Path:
+    """A source that a test may damage."""
+    return Path(shutil.copytree(source, tmp_path / "source"))
+
+
+def broken_task() -> None:
+    raise ZeroDivisionError("a mistake in the program")
+
+
+class Recorder:
+    """Progress that remembers how many tasks each stage had."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, int] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self.totals[stage] = total
+
+
+def test_the_data_set_is_whole_and_nothing_else_is_left(prepared: PreparedDataset) -> None:
+    assert prepared.verify() == []
+    assert sorted(path.name for path in prepared.path.iterdir()) == [
+        "dataset.json",
+        "index.parquet",
+        "rejected.parquet",
+        "report.html",
+        "test",
+        "train",
+        "val",
+    ]
+    assert [path.name for path in prepared.path.parent.iterdir()] == ["out"]
+    counts = prepared.manifest.counts
+    assert sum(split.rows for split in counts.values()) == 200
+    assert [shard.rows for shard in prepared.manifest.shards if shard.split == "train"][:-1] == [50] * ((counts["train"].rows - 1) // 50)
+    assert prepared.manifest.leak_level == "pixels"
+    assert "not shared slides" in prepared.manifest.split.notes[0]
+    assert prepared.manifest.class_weights == {"normal": 1.0, "metastatic": counts["train"].normal / counts["train"].metastatic}
+
+
+def test_bare_pyarrow_reads_the_pixels_of_the_source(prepared: PreparedDataset, source: Path) -> None:
+    for shard in prepared.manifest.shards:
+        file = pq.ParquetFile(prepared.path / shard.path)
+        assert file.schema_arrow.equals(row_schema(96), check_metadata=False)
+        assert json.loads(file.schema_arrow.field("image").metadata[b"shape"]) == [96, 96, 3]
+        assert file.metadata.row_group(0).num_rows == min(16, shard.rows)
+        for row in file.read().to_pylist():
+            with Image.open(source / "train" / f"{row['id']}.tif") as image:
+                assert row["image"] == image.tobytes()
+
+
+def test_the_index_agrees_with_the_shards_and_the_labels(prepared: PreparedDataset, source: Path) -> None:
+    assert prepared.index.schema.equals(INDEX_SCHEMA)
+    rows = prepared.index.to_pylist()
+    assert [row["id"] for row in rows] == sorted(row["id"] for row in rows)
+    with (source / "train_labels.csv").open() as file:
+        labels = {row["id"]: int(row["label"]) for row in csv.DictReader(file)}
+    assert {row["id"]: row["label"] for row in rows} == labels
+    assert all((row["fold"] is None) == (row["split"] == "test") for row in rows)
+    shards = {shard.path: prepared.read_shard(shard) for shard in prepared.manifest.shards}
+    for row in rows:
+        shard = shards[row["shard"]]
+        assert (shard.ids[row["row"]], shard.labels[row["row"]], shard.groups[row["row"]]) == (row["id"], row["label"], row["group"])
+        assert row["shard"].startswith(row["split"] + "/")
+        assert row["id"] == row["pixel_sha1"]
+        assert (source / row["source_path"]).is_file()
+
+
+def test_overlapping_patches_never_straddle_a_split(prepared: PreparedDataset, source: Path) -> None:
+    with (source / "truth.csv").open() as file:
+        field = {row["id"]: row["field"] for row in csv.DictReader(file)}
+    rows = prepared.index.to_pylist()
+    for key in ("group", "field"):
+        split_of: dict[str, str] = {}
+        for row in rows:
+            name = row["group"] if key == "group" else field[row["id"]]
+            assert split_of.setdefault(name, row["split"]) == row["split"]
+    assert {row["group"] for row in rows} == {min(r["id"] for r in rows if field[r["id"]] == name) for name in set(field.values())}
+
+
+def test_channel_statistics_are_those_of_the_training_pixels(prepared: PreparedDataset) -> None:
+    pixels = prepared.read_split("train").images.reshape(-1, 3).astype(np.float64) / 255
+    np.testing.assert_allclose(prepared.manifest.channel_mean, pixels.mean(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(prepared.manifest.channel_std, pixels.std(axis=0), rtol=1e-9)
+
+
+def test_the_report_is_one_page_without_outside_references(prepared: PreparedDataset) -> None:
+    page = (prepared.path / "report.html").read_text()
+    assert "Research use only" in page
+    assert prepared.manifest.fingerprint in page
+    assert page.count("data:image/png;base64,") == 24
+    assert "http" not in page
+
+
+def test_the_fingerprint_follows_neither_blocks_nor_order_nor_place(prepared: PreparedDataset, copy: Path, tmp_path: Path) -> None:
+    lines = (copy / "train_labels.csv").read_text().splitlines()
+    (copy / "train_labels.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]))
+    changed = CONFIG.model_copy(update={"decode_block_rows": 17, "rows_per_shard": 4096, "compression": "none"})
+    assert prepare(changed, copy, tmp_path / "out").manifest.fingerprint == prepared.manifest.fingerprint
+    other = CONFIG.model_copy(update={"seed": 1})
+    assert prepare(other, copy, tmp_path / "other").manifest.fingerprint != prepared.manifest.fingerprint
+
+
+def test_a_finished_output_is_left_alone_and_another_request_needs_overwrite(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = prepare(CONFIG, source, out).manifest
+    again = prepare(CONFIG, source, out)
+    assert again.already_complete
+    assert again.manifest == first
+    other = CONFIG.model_copy(update={"seed": 1})
+    with pytest.raises(UsageError, match=r"another config \(seed\).*--overwrite"):
+        prepare(other, source, out)
+    replaced = prepare(other, source, out, overwrite=True)
+    assert not replaced.already_complete
+    assert PreparedDataset.open(out).manifest == replaced.manifest
+    (out / "val" / "part-00000.parquet").unlink()
+    with pytest.raises(UsageError, match=r"val/part-00000.parquet is missing or damaged.*--overwrite"):
+        is_complete(request_of(other, source), out)
+
+
+def test_other_inputs_need_overwrite(copy: Path, tmp_path: Path) -> None:
+    prepare(CONFIG, copy, tmp_path / "out")
+    with (copy / "train_labels.csv").open("a") as file:
+        file.write("\n")
+    with pytest.raises(UsageError, match=r"other inputs.*--overwrite"):
+        prepare(CONFIG, copy, tmp_path / "out")
+
+
+@pytest.mark.parametrize("stage", ["deal", "write_index", "publish"])
+def test_a_killed_run_continues_where_it_was(
+    prepared: PreparedDataset, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(f"data_prep.prepare.{stage}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(CONFIG, source, out)
+    assert not out.exists()
+    blocks = sorted(staging_path(out).glob("work/block-*.parquet"))
+    if blocks:
+        blocks[0].unlink()  # as if the kill had come before the first block was done
+    recorder = Recorder()
+    result = prepare(CONFIG, source, out, progress=recorder)
+    assert recorder.totals.get("decode") == (None if stage == "publish" else 1)
+    assert result.manifest.fingerprint == prepared.manifest.fingerprint
+    assert [shard.sha256 for shard in result.manifest.shards] == [shard.sha256 for shard in prepared.manifest.shards]
+    assert PreparedDataset.open(out).verify() == []
+    assert not staging_path(out).exists()
+
+
+def test_what_another_request_left_behind_is_not_continued(source: Path, tmp_path: Path) -> None:
+    work = staging_path(tmp_path / "out") / "work"
+    work.mkdir(parents=True)
+    (work / "request.json").write_text("{}")
+    (work / "block-00000.parquet").write_text("old")
+    recorder = Recorder()
+    prepare(CONFIG, source, tmp_path / "out", progress=recorder)
+    assert recorder.totals["decode"] == 4
+
+
+def test_too_many_refused_inputs_fail_the_run_and_leave_the_list(copy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for path in sorted((copy / "train").iterdir())[:3]:
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(RejectedInputsError, match=r"3 of 200 inputs were refused \(3 truncated\)"):
+        prepare(CONFIG, copy, out)
+    assert not out.exists()
+    assert not staging_path(out).exists()
+    table = pq.read_table(rejected_path(out))
+    assert table.schema.equals(REJECTED_SCHEMA)
+    assert table["reason"].to_pylist() == ["truncated"] * 3
+    result = prepare(CONFIG.model_copy(update={"max_rejected_fraction": 0.05}), copy, out)
+    assert result.manifest.rejected == {"truncated": 3}
+    assert sum(counts.rows for counts in result.manifest.counts.values()) == 197
+    assert not rejected_path(out).exists()
+
+
+def test_a_source_without_any_good_patch_fails(copy: Path, tmp_path: Path) -> None:
+    (copy / "train_labels.csv").write_text("id,label\nnobody,1\n")
+    with pytest.raises(RejectedInputsError, match="1 missing, 200 no_label"):
+        prepare(PrepareConfig(max_rejected_fraction=1), copy, tmp_path / "out")
+
+
+def test_splitting_by_slide_keeps_slides_together(source: Path, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"split": "slide"})
+    manifest = prepare(config, source, tmp_path / "out", slides=source / "slides.csv").manifest
+    rows = PreparedDataset.open(tmp_path / "out").index.to_pylist()
+    assert manifest.leak_level == "slide"
+    assert manifest.split.overlap_pairs is None
+    assert all(row["group"] == row["slide"] for row in rows)
+    assert len({(row["slide"], row["split"]) for row in rows}) == len({row["slide"] for row in rows})
+
+
+def test_a_random_split_carries_its_warning(source: Path, tmp_path: Path) -> None:
+    manifest = prepare(CONFIG.model_copy(update={"split": "random"}), source, tmp_path / "out").manifest
+    assert manifest.leak_level == "none"
+    assert "too good" in manifest.split.notes[0]
+    assert manifest.split.groups == 200
+
+
+def test_pixels_that_change_on_disk_after_decoding_stop_the_run(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flip_a_bit(placed: object, spool: object, *rest: object) -> list[object]:
+        path = spool.files[0]  # type: ignore[attr-defined]
+        data = bytearray(path.read_bytes())
+        data[100] ^= 1
+        path.write_bytes(data)
+        return write_shards(placed, spool, *rest)  # type: ignore[arg-type, return-value]
+
+    from data_prep.prepare import _write_shards as write_shards
+
+    monkeypatch.setattr("data_prep.prepare._write_shards", flip_a_bit)
+    with pytest.raises(SentinodeError, match="decoded pixels on disk have changed"):
+        prepare(CONFIG, source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_inside_a_task_is_named_in_one_line() -> None:
+    with pytest.raises(SentinodeError, match=r"^stage failed: ZeroDivisionError: a mistake in the program$"):
+        run_tasks("stage", broken_task, [{}], Recorder())
