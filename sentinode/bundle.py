@@ -1,6 +1,7 @@
 """The bundle: weights and everything needed to use them. The only thing evaluate, predict, export and serve read."""
 
 import hashlib
+import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import load, save
 
 from sentinode import CLASS_NAMES
 from sentinode.config import TrainConfig
-from sentinode.errors import ManifestError
+from sentinode.errors import ManifestError, UsageError
 from sentinode.manifests import (
     BUNDLE_FORMAT_VERSION,
     BundleManifest,
@@ -83,6 +84,11 @@ class Bundle:
             problems.append(f"bundle.json lists no {WEIGHTS_FILE}")
         elif digest_of(self.manifest.model_dump(mode="json")) != self.manifest.digest:
             problems.append("bundle.json: digest does not match its fields")
+        # Fields of the format that this program does not act on yet: better refused than ignored.
+        if self.manifest.class_names != CLASS_NAMES:
+            problems.append(f"bundle.json: class_names {', '.join(self.manifest.class_names)}; this program knows {', '.join(CLASS_NAMES)} only")
+        if self.manifest.members:
+            problems.append("bundle.json: members: this program does not run ensembles")
         return problems
 
     def read_weights(self) -> dict[str, torch.Tensor]:
@@ -121,7 +127,7 @@ def write_bundle(
     version: str = "1",
     licence: str = "Apache-2.0",
 ) -> Bundle:
-    """Write a bundle; it appears whole or not at all. An older one at `out` is replaced.
+    """Write a bundle; it appears whole or not at all. An older one at `out` is replaced, anything else there is not.
 
     Parameters
     ----------
@@ -140,14 +146,19 @@ def write_bundle(
     reference : ReferenceStatistics
     name, version, licence : str
         For people.
+
+    Raises
+    ------
+    UsageError
+        `out` holds something else.
     """
     target = local_path(out)
     with exclusive(target):
+        if target.exists() and not (target / "bundle.json").exists() and (not target.is_dir() or any(target.iterdir())):
+            raise UsageError(f"{target} exists and is not a model bundle")
         staging = staging_path(target)
-        if staging.exists():
-            for left in staging.iterdir():
-                left.unlink()
-        staging.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
         # No metadata in the header: the same weights are the same bytes.
         (staging / WEIGHTS_FILE).write_bytes(save(weights))
         fields: dict[str, Any] = {
@@ -185,7 +196,8 @@ def write_bundle(
             "members": [],
         }
         fields["files"] = {WEIGHTS_FILE: sha256_file(staging / WEIGHTS_FILE)}
-        fields["digest"] = digest_of(fields)
+        # Through the manifest, as a reader will see the fields: a temperature of 1 is 1.0 there.
+        fields["digest"] = digest_of(BundleManifest(**fields, digest="0" * 64).model_dump(mode="json"))
         write_text_atomic(staging / CARD_FILE, model_card(fields))
         fields["files"][CARD_FILE] = sha256_file(staging / CARD_FILE)
         manifest = BundleManifest(**fields)

@@ -34,7 +34,7 @@ def fit_temperature_and_bias(logits: npt.ArrayLike, labels: IntArray) -> tuple[f
     UsageError
         A class is absent.
     """
-    _require_both_classes(labels)
+    require_both_classes(labels)
     values = np.asarray(logits, dtype=np.float64)
     signs = 2.0 * labels - 1
 
@@ -74,7 +74,7 @@ def choose_threshold(
     UsageError
         A class is absent.
     """
-    _require_both_classes(labels)
+    require_both_classes(labels)
     order = np.argsort(-probabilities[labels == 1], kind="stable")
     positives = probabilities[labels == 1][order]
     # Thresholds worth trying are the positives' own values; of equal ones the last counts them all.
@@ -86,7 +86,7 @@ def choose_threshold(
     )
     reaching = np.flatnonzero(bounds >= target_recall)
     reached = len(reaching) > 0
-    chosen = int(reaching[0]) if reached else int(np.flatnonzero(found >= target_recall * len(positives))[0])
+    chosen = int(reaching[0]) if reached else int(np.flatnonzero(found / len(positives) >= target_recall)[0])
     return float(positives[last_of_equals[chosen]]), ThresholdRule(target_recall=target_recall, bound=float(bounds[chosen]), reached=reached)
 
 
@@ -103,17 +103,18 @@ def _group_bootstrap_lower(
     names, _ = np.unique(groups, return_inverse=True)
     group_of_positive = np.searchsorted(names, groups_of_positives)
     generator = np.random.default_rng(seed)
-    recalls = np.full((samples, len(columns)), np.nan, dtype=np.float32)
+    recalls = np.full((samples, len(columns)), np.nan)
     for sample in range(samples):
         drawn = generator.multinomial(len(names), np.full(len(names), 1 / len(names)))[group_of_positive]
         total = drawn.sum()
         if total:
             recalls[sample] = np.cumsum(drawn)[columns] / total
-    bounds: FloatArray = np.nanquantile(recalls, _TAIL, axis=0).astype(np.float64)
+    bounds: FloatArray = np.nanquantile(recalls, _TAIL, axis=0, overwrite_input=True)
     return bounds
 
 
-def _require_both_classes(labels: IntArray) -> None:
+def require_both_classes(labels: IntArray) -> None:
+    """Raise UsageError where a class is absent from `labels`, int64 (n,): nothing can be calibrated on such rows."""
     normal, metastatic = int((labels == 0).sum()), int((labels == 1).sum())
     if not normal or not metastatic:
         raise UsageError(f"calibration and threshold need both classes in validation; it has {normal} normal and {metastatic} metastatic rows")

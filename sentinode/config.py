@@ -4,14 +4,16 @@ Configurations say *how*; paths (data, out, bundle) are arguments of the verb an
 Read with `load_config`: defaults, then a YAML file or preset, then `key=value` settings, the last one winning.
 """
 
-import difflib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
+from sentinode.config_errors import describe_validation_error as describe_validation_error
 from sentinode.errors import ConfigError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -19,6 +21,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Rgb = tuple[float, float, float]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# What every generator that is seeded with it accepts.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Arch = Literal["resnet18", "resnet34"]
 Engine = Literal["auto", "torch"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -29,6 +33,23 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_value_for_a_number(cls, fields: Any) -> Any:
+        # Pydantic takes `epochs: true` for 1, and YAML makes true of `yes` and `on`.
+        for name, value in fields.items() if isinstance(fields, dict) else ():
+            kinds = _kinds_of(cls.model_fields[name].annotation) if name in cls.model_fields else set()
+            values = value if isinstance(value, list | tuple) else [value]
+            if kinds & {int, float} and not kinds & {bool, Any} and any(isinstance(item, bool) for item in values):
+                complaint = PydanticCustomError("number_type", "Input should be a number, not true or false")
+                raise ValidationError.from_exception_data(cls.__name__, [{"type": complaint, "loc": (name,), "input": value}])
+        return fields
+
+
+def _kinds_of(annotation: Any) -> set[Any]:
+    """Every type that an annotation is made of."""
+    return {annotation}.union(*map(_kinds_of, get_args(annotation)))
+
 
 class PrepareConfig(Config):
     """How patches become a prepared data set."""
@@ -37,7 +58,7 @@ class PrepareConfig(Config):
     """What may not straddle a split: patches that share pixels, patches of one slide (needs `--slides`), or nothing (leaky)."""
     ratios: tuple[float, float, float] = (0.7, 0.15, 0.15)
     """Shares of train, val and test."""
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Seed = 42
     """Decides the dealing of groups to splits and the order of rows."""
     folds: Annotated[int, Field(ge=2, le=20)] | None = None
     """Grouped, stratified folds over the train and val rows; null for none."""
@@ -142,7 +163,7 @@ class TrainConfig(Config):
     """Arithmetic of the forward pass; `auto` = bf16 autocast on GPUs, fp32 on CPUs."""
     eval_batch_size: Annotated[int, Field(ge=1)] = 256
     """Patches per worker and step in validation."""
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Seed = 42
     """Decides initial head, order of rows and augmentation."""
     fold: Annotated[int, Field(ge=0)] | None = None
     """Validate on this fold of the data set and train on the others; null uses the train and val splits."""
@@ -258,7 +279,7 @@ class SweepConfig(Config):
     """DDP workers of each trial."""
     max_concurrent_trials: Annotated[int, Field(ge=1)] | None = None
     """Trials at a time; null = as many as the cluster has room for."""
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Seed = 42
     """Decides the points drawn."""
 
     @field_validator("space", mode="before")
@@ -274,30 +295,29 @@ class SweepConfig(Config):
                 continue
             if not (isinstance(domain, dict) and len(domain) == 1 and next(iter(domain)) in DOMAIN_KINDS):
                 raise ValueError(f"{key}: {domain!r} must be one of {', '.join(DOMAIN_KINDS)}, e.g. {{choice: [0, 1]}}")
+            kind = DOMAIN_KINDS[next(iter(domain))]
             try:
-                parsed[key] = DOMAIN_KINDS[next(iter(domain))](**domain)
+                parsed[key] = kind(**domain)
             except ValidationError as error:
-                raise ValueError(f"{key}: {describe_validation_error(error)}") from error
+                raise ValueError(f"{key}: {describe_validation_error(error, kind)}") from error
         return parsed
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for key, domain in self.space.items():
-            bounds = next(iter(domain.model_dump().values()))
-            if isinstance(domain, LogUniform | Uniform | RandInt) and not bounds[0] < bounds[1]:
-                raise ValueError(f"space.{key}: range {list(bounds)} must run from low to high")
-            values = bounds if isinstance(domain, Choice | Grid) else list(bounds)
-            for value in values:
-                self._check_point({key: value}, f"space.{key}")
-        if self.searcher == "grid" and not all(isinstance(domain, Grid) for domain in self.space.values()):
-            raise ValueError("searcher grid needs a space of grid entries only")
-        for key in self.base:
-            if key in self.space:
-                raise ValueError(f"base.{key}: also in space; keep one of the two")
         for key, instead in (("workers", "workers_per_trial"), ("selection_metric", "metric")):
             if key in self.base or key in self.space:
                 raise ValueError(f"{key} cannot be set per trial: use {instead}")
         self._check_point({}, "base")
+        for key, domain in self.space.items():
+            if _is_set(self.base, key):
+                raise ValueError(f"base.{key}: also in space; keep one of the two")
+            for other in self.space:
+                if other.startswith(f"{key}."):
+                    raise ValueError(f"space.{other}: a part of {key}, which is in space too; keep one of the two")
+            for value in _values_to_check(domain, f"space.{key}"):
+                self._check_point({key: value}, f"space.{key}")
+        if self.searcher == "grid" and not all(isinstance(domain, Grid) for domain in self.space.values()):
+            raise ValueError("searcher grid needs a space of grid entries only")
         return self
 
     def _check_point(self, point: Mapping[str, Any], where: str) -> None:
@@ -305,6 +325,8 @@ class SweepConfig(Config):
             self.train_config(point)
         except ValidationError as error:
             raise ValueError(f"{where}: {describe_validation_error(error, TrainConfig)}") from error
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
 
     def train_config(self, point: Mapping[str, Any]) -> TrainConfig:
         """Return the TrainConfig of one trial: `base`, overlaid with one point of the space.
@@ -313,11 +335,30 @@ class SweepConfig(Config):
         ------
         pydantic.ValidationError
             A field is unknown or its value is out of bounds.
+        ValueError
+            A key of `point` leads through something that is not a mapping.
         """
         fields: dict[str, Any] = dict(self.base) | {"selection_metric": self.metric, "workers": self.workers_per_trial}
         for key, value in point.items():
             set_by_path(fields, key, value)
         return TrainConfig(**fields)
+
+
+def _values_to_check(domain: Domain, where: str) -> list[Any]:
+    """Values of a domain that must be valid, or some trial would end at its start."""
+    if isinstance(domain, Choice | Grid):
+        return next(iter(domain.model_dump().values()))
+    low, high = next(iter(domain.model_dump().values()))
+    if not low < high:
+        raise ValueError(f"{where}: range {[low, high]} must run from low to high")
+    # Between whole ends lie fractions, which a field of whole numbers does not take.
+    return [low, high] if isinstance(domain, RandInt) else [low, high, low + (high - low) / math.pi]
+
+
+def _is_set(fields: Mapping[str, Any], path: str) -> bool:
+    head, _, rest = path.partition(".")
+    inner = fields.get(head)
+    return head in fields and (not rest or (isinstance(inner, Mapping) and _is_set(inner, rest)))
 
 
 class EvaluateConfig(Config):
@@ -337,7 +378,7 @@ class EvaluateConfig(Config):
     """One GPU per actor; `auto` = where the cluster has enough of them."""
     bootstrap_samples: Annotated[int, Field(ge=100)] = 1000
     """Resamples behind each interval."""
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Seed = 42
     """Of the bootstrap."""
 
 
@@ -433,8 +474,8 @@ def load_config(model: type[ConfigT], yaml_files: Sequence[str | Path] = (), set
         if not separator or not key:
             raise ConfigError(f"--set {setting!r}: expected key=value, e.g. --set epochs=3")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            value = _parse_yaml(text)
+        except ValueError as error:
             raise ConfigError(f"--set {setting!r}: the value is not YAML") from error
         try:
             set_by_path(fields, key, value)
@@ -461,17 +502,36 @@ def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
         The file is missing, is not YAML, or holds something else.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = _parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"config file {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"config file {path}: not YAML ({reason})") from error
+    except ValueError as error:
+        raise ConfigError(f"config file {path}: not YAML ({error})") from error
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"config file {path}: expected a mapping of keys to values")
     return content
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, where YAML's own loader lets the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value} stands there twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str) -> Any:
+    """Parse YAML without running anything in it; ValueError of one line where it is malformed."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def merge(old: Any, new: Any) -> Any:
@@ -483,7 +543,9 @@ def merge(old: Any, new: Any) -> Any:
 
 def set_by_path(fields: dict[str, Any], path: str, value: Any) -> None:
     """Set `fields["a"]["b"] = value` for the path `a.b`, copying the mappings on the way; ValueError where `a` is not a mapping."""
-    head, _, rest = path.partition(".")
+    head, dot, rest = path.partition(".")
+    if not head or (dot and not rest):
+        raise ValueError("a key has an empty part")
     if not rest:
         fields[head] = value
         return
@@ -493,36 +555,3 @@ def set_by_path(fields: dict[str, Any], path: str, value: Any) -> None:
     copied = dict(inner)
     set_by_path(copied, rest, value)
     fields[head] = copied
-
-
-def describe_validation_error(error: ValidationError, model: type[BaseModel] | None = None) -> str:
-    """One line for the first problem: key, value, what was expected; the nearest key for an unknown one; how many more there are."""
-    problems = error.errors(include_url=False)
-    # An unknown key often explains the other complaints (a misspelt required key, for instance), so it goes first.
-    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
-    key = ".".join(str(part) for part in first["loc"])
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    if first["type"] == "extra_forbidden":
-        leaf = str(first["loc"][-1])
-        known = sorted(_keys_at(model, first["loc"][:-1])) if model else []
-        close = difflib.get_close_matches(leaf, known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else (f"; known keys: {', '.join(known)}" if known else "")
-        return f"unknown key {key}{hint}{more}"
-    if first["type"] == "missing":
-        return f"{key}: missing{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    if not key:
-        return f"{message}{more}"
-    if first["type"] == "value_error":
-        return f"{key}: {message}{more}"
-    return f"{key}: got {first['input']!r}, {message[0].lower()}{message[1:]}{more}"
-
-
-def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Keys of the model nested at `location`, or none where that is not a model."""
-    for part in location:
-        field = model.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return []
-        model = field.annotation
-    return list(model.model_fields)

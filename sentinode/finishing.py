@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from sentinode.bundle import Bundle, write_bundle
-from sentinode.calibration import choose_threshold, fit_temperature_and_bias
+from sentinode.calibration import choose_threshold, fit_temperature_and_bias, require_both_classes
 from sentinode.config import TrainConfig
 from sentinode.dataset import Patches
 from sentinode.errors import TrainingError
@@ -24,13 +24,22 @@ def split_calibration(val: Patches, fraction: float, seed: int) -> tuple[Patches
     """Return the validation rows that choose the epoch and those that calibrate; with `fraction` 0 both are all rows.
 
     Whole groups go one way or the other, by a seeded hash of the group.
+
+    Raises
+    ------
+    UsageError
+        A class is absent from either: said before training, since nothing could be made of its result.
     """
     if fraction == 0:
+        require_both_classes(val.labels)
         return val, val
     names, index = np.unique(val.groups, return_inverse=True)
     position = np.array([int.from_bytes(hashlib.sha256(f"{seed}:calibration:{name}".encode()).digest()[:8]) / 2**64 for name in names])
     held_out = (position < fraction)[index]
-    return val.take(~held_out), val.take(held_out)
+    choosing, calibrating = val.take(~held_out), val.take(held_out)
+    require_both_classes(choosing.labels)
+    require_both_classes(calibrating.labels)
+    return choosing, calibrating
 
 
 def finish_bundle(

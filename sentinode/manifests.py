@@ -1,10 +1,10 @@
 """The manifests as typed models. Their JSON Schemas lie in sentinode/schemas, made from these by `python -m sentinode.manifests`."""
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sentinode.config import ReviewRule, Rgb
 from sentinode.errors import ManifestError
@@ -35,6 +35,13 @@ class FileRecord(Manifest):
     path: str
     bytes: int
     sha256: Sha256
+
+    @field_validator("path")
+    @classmethod
+    def _inside(cls, path: str) -> str:
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+            raise ValueError("must lie inside the folder of the manifest")
+        return path
 
 
 class ShardRecord(FileRecord):

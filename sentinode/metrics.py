@@ -5,7 +5,7 @@ F1 and ROC-AUC. The group one resamples whole groups (slides, or patches connect
 because a bootstrap alone says [1, 1] when nothing went wrong in a small sample.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -115,11 +115,11 @@ def roc_auc_with_intervals(labels: IntArray, scores: FloatArray, groups: npt.NDA
     return MetricValue(value=value, patch_interval=patch, group_interval=_envelope(patch, _percentiles(resampled(group_index))))
 
 
-def _multiplicities(groups: int, samples: int, generator: np.random.Generator) -> list[IntArray]:
-    """How often each group is drawn in each resample: chunks of shape (some, groups), `samples` rows in all."""
+def _multiplicities(groups: int, samples: int, generator: np.random.Generator) -> Iterator[IntArray]:
+    """How often each group is drawn in each resample: chunks of shape (some, groups), `samples` rows in all, one chunk in memory at a time."""
     chunk = max(1, min(samples, 20_000_000 // max(groups, 1)))
-    sizes = [min(chunk, samples - start) for start in range(0, samples, chunk)]
-    return [generator.multinomial(groups, np.full(groups, 1 / groups), size=size) for size in sizes]
+    for start in range(0, samples, chunk):
+        yield generator.multinomial(groups, np.full(groups, 1 / groups), size=min(chunk, samples - start))
 
 
 def _rates_of_samples(cells: IntArray) -> dict[str, FloatArray]:

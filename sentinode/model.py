@@ -1,7 +1,9 @@
 """The network: construction, initial weights, and which of its stages train."""
 
+import struct
+from http.client import HTTPException
+from pathlib import Path
 from pickle import UnpicklingError
-from urllib.error import URLError
 
 import torch
 from safetensors import SafetensorError
@@ -10,7 +12,7 @@ from torch import nn
 from torchvision import models
 
 from sentinode.errors import ConfigError, UsageError
-from sentinode.storage import local_path
+from sentinode.storage import local_path, sha256_file
 
 STAGES = (("fc",), ("layer4",), ("layer3",), ("layer2",), ("layer1",), ("conv1", "bn1"))
 """Modules of a torchvision ResNet that `unfreeze_depth` d adds at index d, from the head to the stem."""
@@ -19,6 +21,21 @@ _ARCHITECTURES = {
     "resnet18": (models.resnet18, models.ResNet18_Weights.IMAGENET1K_V1),
     "resnet34": (models.resnet34, models.ResNet34_Weights.IMAGENET1K_V1),
 }
+
+# What torch's unpickler raises on damaged files, by fuzzing; there is no common base class.
+_DAMAGE = (
+    OSError,
+    SafetensorError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    struct.error,
+)
 
 
 def build_model(arch: str, *, weights: str = "none", num_classes: int = 2) -> nn.Module:
@@ -29,7 +46,7 @@ def build_model(arch: str, *, weights: str = "none", num_classes: int = 2) -> nn
     arch : str
         "resnet18" or "resnet34".
     weights : str
-        "none" (random, from torch's global generator), "imagenet" (torchvision's enum, downloaded once into torch's cache), or the path or
+        "none" (random, from torch's global generator), "imagenet" (torchvision's file, downloaded once into torch's cache), or the path or
         file:// URI of a .safetensors file, of a .pth state dict (read with weights_only=True) or of a bundle folder.
     num_classes : int
         Outputs of the head. A stored head of another size is replaced by a random one.
@@ -47,23 +64,30 @@ def build_model(arch: str, *, weights: str = "none", num_classes: int = 2) -> nn
     model: nn.Module = build(weights=None, num_classes=num_classes)
     if weights == "none":
         return model
-    if weights == "imagenet":
-        try:
-            state = enum.get_state_dict(progress=False, check_hash=True)
-        except (URLError, OSError, RuntimeError) as error:
-            raise UsageError(
-                f"weights imagenet: {enum.url.rsplit('/', 1)[-1]} is neither cached in {torch.hub.get_dir()}/checkpoints nor downloadable "
-                f"({error}); put the file there, or set weights to a file, a bundle or none"
-            ) from error
-        source = "imagenet"
-    else:
-        state, source = _read_state(weights), weights
-    _load_trunk(model, state, source)
+    _load_trunk(model, _read_state(_imagenet_file(enum.url) if weights == "imagenet" else local_path(weights), weights), weights)
     return model
 
 
-def _read_state(weights: str) -> dict[str, torch.Tensor]:
-    path = local_path(weights)
+def _imagenet_file(url: str) -> Path:
+    """Return the file that holds torchvision's weights in torch's cache, downloaded if it is not there."""
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[-1])
+    # torchvision puts the first digits of the file's SHA-256 into its name.
+    sha256_prefix = path.stem.rsplit("-", 1)[-1]
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), sha256_prefix, progress=False)
+        except (OSError, HTTPException, RuntimeError) as error:
+            raise UsageError(
+                f"weights imagenet: {path.name} is neither cached in {path.parent} nor downloadable ({error}); "
+                "put the file there, or set weights to a file, a bundle or none"
+            ) from error
+    if not sha256_file(path).startswith(sha256_prefix):
+        raise UsageError(f"weights imagenet: {path} is damaged, its sha256 does not begin with {sha256_prefix}; delete it")
+    return path
+
+
+def _read_state(path: Path, source: str) -> dict[str, torch.Tensor]:
     if path.is_dir():
         path = path / "model.safetensors"
     try:
@@ -71,13 +95,14 @@ def _read_state(weights: str) -> dict[str, torch.Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UsageError(f"weights {weights}: no such file; expected imagenet, none, a .safetensors or .pth file, or a bundle folder") from error
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
-        raise UsageError(f"weights {weights}: cannot be read ({str(error).splitlines()[0]})") from error
+        raise UsageError(f"weights {source}: no such file; expected imagenet, none, a .safetensors or .pth file, or a bundle folder") from error
     except UnpicklingError as error:
-        raise UsageError(f"weights {weights}: refused, it holds more than tensors") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UsageError(f"weights {weights}: expected a state dict, a mapping of names to tensors")
+        raise UsageError(f"weights {source}: refused, the file is damaged or holds more than tensors") from error
+    except _DAMAGE as error:
+        reason = (str(error) or "empty").splitlines()[0]
+        raise UsageError(f"weights {source}: cannot be read ({type(error).__name__}: {reason})") from error
+    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
+        raise UsageError(f"weights {source}: expected a state dict, a mapping of names to tensors")
     return state
 
 
@@ -87,11 +112,15 @@ def _load_trunk(model: nn.Module, state: dict[str, torch.Tensor], source: str) -
     head = {name for name in own if name.startswith("fc.") and name in state and state[name].shape != own[name].shape}
     usable = {name: value for name, value in state.items() if name not in head}
     wrong = sorted(name for name in usable if name not in own or usable[name].shape != own[name].shape)
-    missing = sorted(name for name in own if name not in usable and not name.startswith("fc."))
+    # Files older than torch 0.4.1 do not count batches, and nothing here uses the count.
+    missing = sorted(name for name in own if name not in usable and not name.startswith("fc.") and not name.endswith(".num_batches_tracked"))
     if wrong or missing:
         what = f"{wrong[0]} does not fit" if wrong else f"{missing[0]} is missing"
         raise UsageError(f"weights {source}: made for another architecture ({what})")
-    model.load_state_dict(usable, strict=False)
+    try:
+        model.load_state_dict(usable, strict=False)
+    except RuntimeError as error:
+        raise UsageError(f"weights {source}: some tensors cannot be copied, sparse or quantised ones for instance") from error
 
 
 def set_unfreeze_depth(model: nn.Module, depth: int) -> None:

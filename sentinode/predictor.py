@@ -1,12 +1,14 @@
 """A bundle at work: patches in, decisions out. The same object evaluates, predicts and serves."""
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from sentinode.bundle import Bundle
-from sentinode.errors import PatchError, PatchErrorCode
+from sentinode.config import Engine
+from sentinode.errors import PatchError, PatchErrorCode, UsageError
 from sentinode.images import UInt8Array
 from sentinode.inference import network_logits
 from sentinode.manifests import BundleManifest
@@ -28,6 +30,8 @@ class Predictor:
     """
 
     def __init__(self, bundle: Bundle, *, engine: str = "auto", device: str = "cpu") -> None:
+        if engine not in get_args(Engine):
+            raise UsageError(f"engine {engine}: expected one of {', '.join(get_args(Engine))}")
         self.manifest: BundleManifest = bundle.manifest
         # The one rule of `auto`: the fastest verified engine that is in the bundle. Bundles hold only torch weights so far.
         self.engine = "torch" if engine == "auto" else engine

@@ -8,6 +8,7 @@ from scipy.special import expit
 
 from sentinode import CLASS_NAMES
 from sentinode.config import ReviewRule
+from sentinode.errors import SentinodeError
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -69,8 +70,15 @@ def decide(
     Returns
     -------
     list of Decision, length n
+
+    Raises
+    ------
+    SentinodeError
+        A logit is not finite. NaN is below every threshold and would come out as Normal.
     """
     values = np.asarray(logits, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise SentinodeError(f"the network's answer is not a number for {np.count_nonzero(~np.isfinite(values))} of {len(values)} patches")
     probabilities = calibrated_probability(values, temperature, bias)
     decisions = []
     for logit, probability, no_tissue in zip(values.tolist(), probabilities.tolist(), pale.tolist(), strict=True):

@@ -22,14 +22,18 @@ def local_path(uri: str | os.PathLike[str]) -> Path:
     Raises
     ------
     ConfigError
-        For any other scheme.
+        For any other scheme, and for an empty path, which would mean the current folder.
     """
     text = os.fspath(uri)
     scheme, separator, rest = text.partition("://")
+    if not text:
+        raise ConfigError("a path is empty; expected a folder or a file")
     if not separator:
-        return Path(text).expanduser().absolute()
+        return Path(os.path.expanduser(text)).absolute()
+    if scheme == "file" and rest.startswith("/"):
+        return Path(rest)
     if scheme == "file":
-        return Path(rest).absolute()
+        raise ConfigError(f"{text}: expected file:///, then the rest of an absolute path")
     raise ConfigError(f"{text}: {scheme}:// is not supported yet; use a local path or a mounted shared folder")
 
 
@@ -47,33 +51,50 @@ def exclusive(out: Path) -> Iterator[None]:
     UsageError
         Another process is writing the same output.
     """
+    if out.name in ("", ".."):
+        raise UsageError(f"{out}: name the folder to make")
+    path = out.with_name(f".{out.name}.lock")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        lock = out.with_name(f".{out.name}.lock").open("w")
+        lock = path.open("w")
     except OSError as error:
         raise UsageError(f"{out}: cannot be written ({error.strerror})") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            # Whoever held the lock may have removed the file since it was opened here; a lock on a removed file keeps nobody out.
+            if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                raise FileNotFoundError
+        except (BlockingIOError, FileNotFoundError) as error:
             raise UsageError(f"{out}: another process is writing it") from error
-        yield
-        # Removed while still held: a process that opened the same file meanwhile fails on the lock, not on half a result.
-        Path(lock.name).unlink(missing_ok=True)
+        except OSError as error:
+            raise UsageError(f"{out}: cannot be locked ({error.strerror})") from error
+        try:
+            yield
+        finally:
+            # Removed while still held: a process that opened the same file meanwhile fails on the lock, not on half a result.
+            path.unlink(missing_ok=True)
 
 
 def publish(staging: Path, out: Path) -> None:
     """Move a finished staging folder to `out`. What was at `out` is moved aside first, so a reader sees the old, none or the new."""
-    for path in sorted(staging.rglob("*")):
-        if path.is_file():
-            _fsync(path)
-    old = out.with_name(out.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
+    for path in (staging, *sorted(staging.rglob("*"))):
+        _fsync(path)
+    # A name that nobody gives to a backup: whatever is there is deleted.
+    old = out.with_name(f".{out.name}.replaced")
+    _remove(old)
+    if os.path.lexists(out):
         out.rename(old)
     staging.rename(out)
     _fsync(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _fsync(path: Path) -> None:
@@ -133,14 +154,14 @@ def read_manifest_json(folder: Path, name: str, what: str, newest: int) -> dict[
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ManifestNotFoundError(f"not a {what}: {folder} (no {name} there)") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict) or not isinstance(version := content.get("format_version"), int):
+    if not isinstance(content, dict) or type(version := content.get("format_version")) is not int:
         raise ManifestError(f"{path}: no format_version in it")
     if version > newest:
         raise ManifestError(f"{path}: format version {version} is newer than {newest}, the newest this program reads; upgrade sentinode")
-    if version < newest - 1:
-        raise ManifestError(f"{path}: format version {version} is older than {newest - 1}, the oldest this program reads; make it again")
+    if version < (oldest := max(1, newest - 1)):
+        raise ManifestError(f"{path}: format version {version} is older than {oldest}, the oldest this program reads; make it again")
     return content
 
 

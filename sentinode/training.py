@@ -183,6 +183,8 @@ def train_epochs(
             raise TrainingError(f"epoch {epoch + 1}: the training loss is {train_loss} at learning rate {learning_rate:g}; lower it")
         seconds = time.monotonic() - started
         record = _validate(learner, val, weights, config, rank, world_size, device)
+        if not np.isfinite(record["val_loss"]):
+            raise TrainingError(f"epoch {epoch + 1}: the validation loss is {record['val_loss']} at learning rate {learning_rate:g}; lower it")
         learner.schedule.step(record["val_loss"])
         record |= {"epoch": epoch, "train_loss": train_loss, "learning_rate": learning_rate, "rows": rows, "seconds": seconds}
         progress.add(record, config.selection_metric)

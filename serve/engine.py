@@ -1,0 +1,87 @@
+"""The classifier inside a Serve replica: one loaded bundle that decides about patches in batches."""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from ray import serve as ray_serve
+
+from sentinode.config import ServeConfig
+from sentinode.errors import ManifestError, SentinodeError
+from sentinode.images import UInt8Array
+from sentinode.predictor import Predictor
+from sentinode.probability import Decision
+from serve.patches import probe_patch
+
+PROBE_AFTER_IDLE_S = 30.0
+"""A replica that finished a batch this lately is healthy; only one that did not is probed, for probing busy replicas kills them."""
+
+
+class EngineError(SentinodeError):
+    """The network gave no usable answer."""
+
+
+class Classifier:
+    """The bundle at work inside a Serve replica.
+
+    Parameters
+    ----------
+    config : ServeConfig
+        Its `bundle` is an absolute path.
+    digest : str
+        Digest that the bundle must have. Pinned when the application is built, so that a replica that starts later, after the folder was replaced,
+        cannot answer with another model under the old one's name.
+
+    Raises
+    ------
+    ManifestNotFoundError, ManifestError
+        The bundle is missing on this node, damaged, or not the one deployed.
+    """
+
+    def __init__(self, config: ServeConfig, digest: str) -> None:
+        # Set here because Ray reserves CPUs but does not hold torch to them: without it each replica takes every core.
+        torch.set_num_threads(max(1, int(config.cpus_per_replica)))
+        self._predictor = Predictor.load(config.bundle, engine=config.engine, device="cuda" if config.gpus_per_replica > 0 else "cpu")
+        if self._predictor.manifest.digest != digest:
+            raise ManifestError(f"{config.bundle}: was replaced by another bundle since this application was deployed; deploy it again")
+        self._probe = probe_patch(self._predictor.manifest.patch_size_px)
+        # One thread: forward passes take turns, the event loop stays free.
+        self._forward_thread = ThreadPoolExecutor(1, thread_name_prefix="forward")
+        batched = ray_serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_timeout_s, max_concurrent_batches=1)
+        self._classify: Callable[[UInt8Array], Coroutine[Any, Any, Decision]] = batched(self._decide_batch)
+        # The first pass is slow (allocations, kernel choice) and shows whether the network works at all: better now than under a request.
+        _require_number(self._predictor.decide(self._probe[None])[0])
+        self._last_batch_at = time.monotonic()
+
+    async def classify(self, patch: UInt8Array) -> Decision:
+        """Decide about one uint8 patch (patch_size_px, patch_size_px, 3), RGB, in a batch with others that wait.
+
+        Raises
+        ------
+        EngineError
+            The network's answer is not a number.
+        """
+        return _require_number(await self._classify(patch))
+
+    async def check_health(self) -> None:
+        """Raise, or hang until Serve's health_check_timeout_s, if the network does not work. Called by Serve."""
+        if time.monotonic() - self._last_batch_at >= PROBE_AFTER_IDLE_S:
+            _require_number((await self._decide_batch([self._probe]))[0])
+
+    async def _decide_batch(self, patches: list[UInt8Array]) -> list[Decision]:
+        # Results keep the order of `patches`, which is how Serve hands each caller its own.
+        decisions = await asyncio.get_running_loop().run_in_executor(self._forward_thread, self._predictor.decide, np.stack(patches))
+        self._last_batch_at = time.monotonic()
+        return decisions
+
+
+def _require_number(decision: Decision) -> Decision:
+    # NaN compares false with every threshold and would come out as "Normal".
+    if not math.isfinite(decision.logit):
+        raise EngineError("the network's answer is not a number")
+    return decision

@@ -1,0 +1,109 @@
+"""The endpoint on this machine, for as long as the caller lets it run."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import httpx
+from ray import serve as ray_serve
+from ray.serve.schema import LoggingConfig
+
+from sentinode.config import ServeConfig
+from sentinode.errors import SentinodeError, UsageError
+from serve.app import ServeArgs, build_app
+
+START_TIMEOUT_S = 180.0
+PROXY_SLACK_S = 5.0
+"""Serve's own timeout lies this much above ours, so that callers get our 504 with its request id and not the proxy's bare 408."""
+
+
+def run_local(config: ServeConfig, *, host: str = "127.0.0.1", port: int, ready: Callable[[str], None]) -> None:
+    """Serve a bundle until interrupted. Ray must be initialised.
+
+    Parameters
+    ----------
+    config : ServeConfig
+    host : str
+        Interface to listen on; only this machine reaches the default.
+    port : int
+        0 picks a free one.
+    ready : callable
+        Called once with the URL when predictions work.
+
+    Raises
+    ------
+    ConfigError
+        See `serve.app.build_app`.
+    UsageError
+        The port is taken or the host is not this machine's.
+    SentinodeError
+        The endpoint did not start.
+    KeyboardInterrupt
+        Passed on after Serve was shut down.
+    """
+    application = build_app(ServeArgs(**config.model_dump()))
+    port = _usable_port(host, port)
+    try:
+        ray_serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": host, "port": port, "request_timeout_s": config.request_timeout_s + PROXY_SLACK_S},
+            logging_config=LoggingConfig(encoding="JSON", enable_access_log=False),
+        )
+        try:
+            ray_serve.run(application, blocking=False)
+        except RuntimeError as error:
+            raise SentinodeError(f"the endpoint did not start: {_reason(error)}") from error
+        url = f"http://{_for_url(host)}:{port}"
+        _wait_until_ready(url)
+        ready(url)
+        threading.Event().wait()
+    finally:
+        ray_serve.shutdown()
+
+
+def _usable_port(host: str, port: int) -> int:
+    """Return the port, or a free one for 0, after binding it once: Serve itself reports a taken port only in its proxy's log."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UsageError(f"cannot listen on {host} port {port} ({reason}); choose another with --port, 0 picks a free one") from error
+        bound: int = probe.getsockname()[1]
+        return bound
+
+
+def _for_url(host: str) -> str:
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{reachable}]" if ":" in reachable else reachable
+
+
+def _wait_until_ready(url: str) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    # No proxy from the environment: this address is our own.
+    with httpx.Client(trust_env=False, timeout=15) as client:
+        last = "no answer"
+        while time.monotonic() < deadline:
+            try:
+                response = client.get(f"{url}/readyz")
+                if response.status_code == 200:
+                    return
+                last = f"status {response.status_code}"
+            except httpx.HTTPError as error:
+                last = type(error).__name__
+            threading.Event().wait(0.1)
+    raise SentinodeError(f"the endpoint did not become ready within {START_TIMEOUT_S:g} s ({last})")
+
+
+def _reason(error: Exception) -> str:
+    """Return the one line that says why: Serve's own error names only the deployment, its status ends with the replica's traceback."""
+    messages: list[str] = [
+        deployment.message for application in ray_serve.status().applications.values() for deployment in application.deployments.values()
+    ]
+    for message in (*messages, str(error)):
+        if lines := [line.strip() for line in message.splitlines() if line.strip()]:
+            return lines[-1]
+    return type(error).__name__

@@ -1,0 +1,132 @@
+"""The middlewares as bare ASGI applications, fed message by message."""
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.middleware import BodyLimit, DrainRefused, RequestContext
+
+
+class Exchange:
+    """One request: hands out body chunks and counts them, keeps what is answered."""
+
+    def __init__(self, chunks: Iterator[bytes], headers: dict[str, str]) -> None:
+        self._chunks = chunks
+        self.scope: Scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/predict",
+            "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+            "state": {"request_id": "r1"},
+        }
+        self.bytes_read = 0
+        self.sent: list[Message] = []
+
+    async def receive(self) -> Message:
+        chunk = next(self._chunks, None)
+        if chunk is None:
+            return {"type": "http.request", "body": b"", "more_body": False}
+        self.bytes_read += len(chunk)
+        return {"type": "http.request", "body": chunk, "more_body": True}
+
+    async def send(self, message: Message) -> None:
+        self.sent.append(message)
+
+    def run(self, app: ASGIApp) -> int:
+        asyncio.run(asyncio.wait_for(app(self.scope, self.receive, self.send), timeout=20))
+        return int(self.sent[0]["status"])
+
+
+def exchange(*chunks: bytes, **headers: str) -> Exchange:
+    return Exchange(iter(chunks), {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+async def read_all(scope: Scope, receive: Receive, send: Send) -> None:
+    while (await receive()).get("more_body"):
+        pass
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+async def answer_404_unread(scope: Scope, receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 404, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def test_a_body_announced_too_large_is_refused_unread() -> None:
+    request = exchange(b"x" * 11, content_length="11")
+    assert request.run(BodyLimit(read_all, max_bytes=10)) == 413
+    assert request.bytes_read == 0
+
+
+def test_a_body_of_exactly_the_limit_passes() -> None:
+    assert exchange(b"x" * 10, content_length="10").run(BodyLimit(read_all, max_bytes=10)) == 200
+    assert exchange(b"x" * 4, b"x" * 6).run(BodyLimit(read_all, max_bytes=10)) == 200
+
+
+@pytest.mark.parametrize("headers", [{}, {"content_length": "5"}, {"content_length": "abc"}, {"content_length": "\u0662"}])
+def test_a_streamed_body_is_refused_as_soon_as_it_is_too_large(headers: dict[str, str]) -> None:
+    request = exchange(*[b"x" * 4] * 1000, **headers)
+    with pytest.raises(HTTPException) as caught:
+        request.run(BodyLimit(read_all, max_bytes=10))
+    assert caught.value.status_code == 413
+    assert request.bytes_read == 12
+
+
+def test_an_unread_body_is_drained_before_an_error_is_answered() -> None:
+    request = exchange(*[b"x" * 1000] * 50)
+    assert request.run(DrainRefused(answer_404_unread)) == 404
+    assert request.bytes_read == 50_000
+
+
+def test_draining_an_endless_body_ends() -> None:
+    request = Exchange(iter(lambda: b"x" * 1_000_000, None), {})
+    assert request.run(DrainRefused(answer_404_unread)) == 404
+    assert request.bytes_read < 50_000_000
+
+
+def test_a_client_that_asked_before_sending_is_answered_at_once() -> None:
+    request = exchange(b"x" * 1000, expect="100-continue")
+    assert request.run(DrainRefused(answer_404_unread)) == 404
+    assert request.bytes_read == 0
+
+
+def test_a_request_that_hangs_gets_504_and_is_cancelled() -> None:
+    cancelled = []
+
+    async def hang(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+
+    request = exchange()
+    assert request.run(RequestContext(hang, timeout_s=0.05, echo_request_id=True)) == 504
+    assert cancelled == [True]
+
+
+def test_an_unexpected_error_is_500_without_its_message(caplog: pytest.LogCaptureFixture) -> None:
+    async def fail(scope: Scope, receive: Receive, send: Send) -> None:
+        raise RuntimeError("secret inside")
+
+    request = exchange(x_request_id="abc")
+    assert request.run(RequestContext(fail, timeout_s=5, echo_request_id=True)) == 500
+    body: Any = request.sent[1]["body"]
+    assert b"secret" not in body
+    assert b"Traceback" not in body
+    assert b"abc" in body
+
+
+def test_a_client_that_goes_away_is_logged_as_499(caplog: pytest.LogCaptureFixture) -> None:
+    async def go_away(scope: Scope, receive: Receive, send: Send) -> None:
+        raise asyncio.CancelledError
+
+    request = exchange()
+    with caplog.at_level("INFO", logger="ray.serve.sentinode"), pytest.raises(asyncio.CancelledError):
+        asyncio.run(RequestContext(go_away, timeout_s=5, echo_request_id=True)(request.scope, request.receive, request.send))
+    assert [record.__dict__["status"] for record in caplog.records] == [499]

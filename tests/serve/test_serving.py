@@ -1,0 +1,169 @@
+"""The endpoint over real HTTP, on a real Ray."""
+
+import _thread
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from ray import serve as ray_serve
+
+import serve.local
+from sentinode.config import ServeConfig
+from sentinode.errors import SentinodeError
+from sentinode.predictor import Predictor
+from serve.local import run_local
+from tests.factories import make_bundle, random_patches
+from tests.serve.patch_files import encode, good_tif, refused_files
+
+pytestmark = [pytest.mark.serve, pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+KEY = "a-key-for-tests"
+HEADERS = {"X-API-Key": KEY}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundle") / "bundle").path
+
+
+class Interrupted(BaseException):
+    """Stands for the caller's Ctrl-C."""
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs `check(url)` in another thread while run_local serves, then interrupts it, as a signal would."""
+    monkeypatch.setenv("SENTINODE_API_KEYS", KEY)
+
+    def run(config: ServeConfig, check: Any) -> None:
+        failures: list[BaseException] = []
+
+        def ready(url: str) -> None:
+            try:
+                check(url)
+            except BaseException as error:
+                failures.append(error)
+            raise Interrupted
+
+        with pytest.raises(Interrupted):
+            run_local(config, port=0, ready=ready)
+        if failures:
+            raise failures[0]
+
+    return run
+
+
+async def _post_all(url: str, files: list[bytes]) -> list[httpx.Response]:
+    limits = httpx.Limits(max_connections=len(files))
+    async with httpx.AsyncClient(trust_env=False, timeout=60, limits=limits, headers=HEADERS) as client:
+        return await asyncio.gather(*(client.post(f"{url}/predict", files={"file": ("p", data)}) for data in files))
+
+
+def post(url: str, data: bytes, headers: dict[str, str] = HEADERS) -> httpx.Response:
+    return httpx.post(f"{url}/predict", files={"file": ("p", data)}, headers=headers, timeout=60, trust_env=False)
+
+
+@pytest.mark.parametrize("topology", ["fused", "split"])
+def test_concurrent_answers_equal_the_offline_ones_and_never_mix(started: Any, bundle: Path, topology: str) -> None:
+    patches = random_patches(64, seed=11)
+    offline = Predictor.load(bundle).decide(patches)
+    assert len({round(decision.probability, 4) for decision in offline}) > 50
+
+    def check(url: str) -> None:
+        responses = asyncio.run(_post_all(url, [encode(patch) for patch in patches]))
+        assert {response.status_code for response in responses} == {200}
+        for response, decision in zip(responses, offline, strict=True):
+            answer = response.json()
+            assert answer["probabilities"]["Metastatic"] == pytest.approx(decision.probability, abs=1e-5)
+            assert answer["prediction"] == decision.prediction
+            assert answer["review_reasons"] == list(decision.review_reasons)
+        assert len({response.json()["request_id"] for response in responses}) == 64
+        _check_errors(url)
+
+    started(ServeConfig(bundle=str(bundle), topology=topology, max_replicas=1, max_body_bytes=200_000), check)
+
+
+def _check_errors(url: str) -> None:
+    assert post(url, good_tif(), {}).status_code == 401
+    assert post(url, good_tif(), {"X-API-Key": "wrong"}).status_code == 401
+    # Answered although the body was not wanted: the client reads 413 and 401 instead of a reset connection.
+    assert post(url, b"x" * 5_000_000).json()["type"] == "urn:sentinode:problem:body_too_large"
+    assert post(url, b"x" * 5_000_000, {}).status_code == 401
+    assert _post_streamed(url).status_code == 413
+    for name, (data, kind, status) in refused_files().items():
+        response = post(url, data)
+        assert (response.status_code, response.json()["type"]) == (status, f"urn:sentinode:problem:{kind}"), name
+    with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
+        response = client.get("/healthz", headers={"X-Request-ID": "trace-1"})
+        assert response.headers.get_list("x-request-id") == ["trace-1"]
+        assert client.get("/").json()["model_loaded"] is True
+        assert client.get("/model").status_code == 401
+        assert client.get("/model", headers=HEADERS).status_code == 200
+        assert client.get("/nothing").json()["type"] == "urn:sentinode:problem:not_found"
+
+
+def _post_streamed(url: str) -> httpx.Response:
+    def body() -> Iterator[bytes]:
+        yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.tif"\r\n\r\n'
+        for _ in range(50):
+            yield b"x" * 100_000
+
+    headers = HEADERS | {"content-type": "multipart/form-data; boundary=b"}
+    return httpx.post(f"{url}/predict", content=body(), headers=headers, timeout=60, trust_env=False)
+
+
+@pytest.mark.parametrize("topology", ["fused", "split"])
+def test_more_requests_than_may_wait_are_answered_429(started: Any, bundle: Path, topology: str) -> None:
+    patches = random_patches(48, seed=5)
+    offline = Predictor.load(bundle).decide(patches)
+
+    def check(url: str) -> None:
+        responses = asyncio.run(_post_all(url, [encode(patch) for patch in patches]))
+        assert {response.status_code for response in responses} == {200, 429}
+        for response, decision in zip(responses, offline, strict=True):
+            if response.status_code == 200:
+                assert response.json()["probabilities"]["Metastatic"] == pytest.approx(decision.probability, abs=1e-5)
+            else:
+                assert response.headers["retry-after"] == "1"
+
+    config = ServeConfig(
+        bundle=str(bundle), topology=topology, max_replicas=1, max_batch_size=1, max_ongoing_requests=1, max_queued_requests=1, batch_wait_timeout_s=0
+    )
+    started(config, check)
+
+
+def test_serve_is_shut_down_afterwards(started: Any, bundle: Path) -> None:
+    urls: list[str] = []
+    started(ServeConfig(bundle=str(bundle), auth="none"), urls.append)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{urls[0]}/healthz", trust_env=False, timeout=5)
+    assert ray_serve.status().applications == {}
+
+
+def test_a_replica_refuses_a_bundle_that_was_replaced(started: Any, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = make_bundle(tmp_path / "bundle").path
+    build = serve.local.build_app
+
+    def build_then_replace(args: Any) -> Any:
+        application = build(args)
+        make_bundle(mine, seed=1)
+        return application
+
+    monkeypatch.setattr(serve.local, "build_app", build_then_replace)
+    with pytest.raises(SentinodeError, match=r"the endpoint did not start: .*was replaced by another bundle") as caught:
+        run_local(ServeConfig(bundle=str(mine), auth="none"), port=0, ready=lambda url: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_interrupt_ends_it(bundle: Path) -> None:
+    """The way the command line stops it: KeyboardInterrupt in the main thread while it blocks."""
+
+    def interrupt_soon(url: str) -> None:
+        threading.Thread(target=_thread.interrupt_main, daemon=True).start()
+
+    with pytest.raises(KeyboardInterrupt):
+        run_local(ServeConfig(bundle=str(bundle), auth="none"), port=0, ready=interrupt_soon)
