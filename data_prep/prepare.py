@@ -39,11 +39,6 @@ log = logging.getLogger(__name__)
 
 _ANCHORS_PER_JOIN = 1 << 23  # about 0.5 GB at the widest point of one task
 _LEAK_LEVELS: dict[str, LeakLevel] = {"overlap": "pixels", "slide": "slide", "random": "none"}
-_METHOD_NOTES = {
-    "overlap": ["Splits keep shared pixels apart, not shared slides. Intervals from this data set assume that its slides are unrelated."],
-    "slide": [],
-    "random": ["Random split: related patches stand on both sides, so every figure made from this data set is too good."],
-}
 
 
 @dataclass(frozen=True)
@@ -300,5 +295,5 @@ def _split_report(config: PrepareConfig, groups: Sequence[str], overlap_pairs: i
         multi_patch_groups=sum(size > 1 for size in sizes.values()),
         largest_group_rows=max(sizes.values()),
         overlap_pairs=overlap_pairs,
-        notes=_METHOD_NOTES[config.split] + dealt.notes,
+        notes=dealt.notes,
     )

@@ -13,14 +13,9 @@ from PIL import Image
 from data_prep.shards import Placed
 from data_prep.spool import Spool
 from sentinode import CLASS_NAMES, RESEARCH_USE_NOTICE
-from sentinode.manifests import DatasetManifest
+from sentinode.manifests import LEAK_MEANING, DatasetManifest
 
 SAMPLES_PER_CLASS = 12
-LEAK_MEANINGS = {
-    "slide": "No slide lies in two splits.",
-    "pixels": "No two patches that share pixels lie in two splits. Patches of one slide may.",
-    "none": "Nothing keeps related patches apart: figures from this data set are too good, and only of use beside other figures made this way.",
-}
 _SIZE_BOUNDS = (1, 2, 3, 5, 9, 17, 33, 65, 129)
 
 
@@ -72,6 +67,6 @@ def render_report(manifest: DatasetManifest, placed: Sequence[Placed], spool: Sp
         rejected=sum(manifest.rejected.values()),
         sizes=size_histogram(placed),
         samples=sample_images(placed, spool),
-        leak_meaning=LEAK_MEANINGS[manifest.leak_level],
+        leak_meaning=LEAK_MEANING[manifest.leak_level],
         notice=RESEARCH_USE_NOTICE,
     )

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -100,12 +101,23 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
         return _new_key(args.new_key)
     config = config_from(args, ServeConfig, **({"bundle": args.bundle} if args.bundle else {}))
     from ray_jobs.cluster import connected
-    from serve.local import run_local
+    from serve.app import ServeArgs, build_app
+    from serve.local import run_local, usable_port
 
+    if not args.verbose:
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    # Whatever is wrong with the arguments shows before Ray starts.
+    application, port = build_app(ServeArgs(**config.model_dump())), usable_port(args.host, args.port)
     # Fused replicas hold the model; split ones have an HTTP replica beside each, and Serve's controller and proxy want room.
     with connected(2 * config.max_replicas, verbose=args.verbose):
         try:
-            run_local(config, host=args.host, port=args.port, ready=lambda url: say(f"ready: {url}  (docs: {url}/docs; Ctrl-C stops)"))
+            run_local(
+                application,
+                request_timeout_s=config.request_timeout_s,
+                host=args.host,
+                port=port,
+                ready=lambda url: say(f"ready: {url}  (docs: {url}/docs; Ctrl-C stops)"),
+            )
         except KeyboardInterrupt:
             # The way to end a server; there is nothing to continue.
             say("stopped")

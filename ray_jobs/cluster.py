@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import ray
 
 from sentinode.errors import CapacityError, UsageError
 
+_LOCALHOST = "127.0.0.1"
 _START_TIMEOUT_S = 60
 # A cloud node takes minutes to boot and pull its image; Ray Train's own 60 s would give up on every cold start.
 _AUTOSCALED_START_TIMEOUT_S = 900
@@ -73,24 +75,48 @@ def connected(need_workers: int, *, verbose: bool = False) -> Iterator[None]:
         except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
             raise UsageError(f"RAY_ADDRESS={address}: no Ray cluster can be reached there ({_first_line(error)})") from error
     else:
-        if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
-            # Ray then turns token authentication on by itself, and without a token at hand would write one to the user's home.
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        # Ray warns on the terminal when four times this many of its processes start at once; a small sweep does.
-        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(4, os.cpu_count() or 1)))
+        _start_local(need_workers, verbose, noise)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        if not address:
+            del os.environ["RAY_ADDRESS"]
+
+
+def _start_local(need_workers: int, verbose: bool, noise: dict[str, Any]) -> None:
+    if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        # Ray then turns token authentication on by itself, and without a token at hand would write one to the user's home.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Ray warns on the terminal when four times this many of its processes start at once; a small sweep does.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(4, os.cpu_count() or 1)))
+    # Every process of this Ray must know which Ray it belongs to. Left alone, Ray Train's clean-up asks the newest one on the machine whether its
+    # run is alive, and takes the workers of a run away when it is told of no such run. So the address is settled, and told, before the start.
+    port = _free_port()
+    os.environ |= {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"{_LOCALHOST}:{port}"}
+    try:
         with _standard_error_kept(verbose):
             ray.init(
                 address="local",
                 num_cpus=max(os.cpu_count() or 1, need_workers + 2),
                 # Needed: Ray Train frees the workers of a stopped trial through the dashboard's state API.
                 include_dashboard=True,
-                dashboard_host="127.0.0.1",
+                dashboard_host=_LOCALHOST,
+                _node_ip_address=_LOCALHOST,
                 **noise,
             )
-    try:
-        yield
+    except BaseException:
+        del os.environ["RAY_ADDRESS"]
+        raise
     finally:
-        ray.shutdown()
+        del os.environ["RAY_GCS_SERVER_PORT"]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((_LOCALHOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 @contextmanager

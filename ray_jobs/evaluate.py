@@ -27,9 +27,8 @@ from sentinode.bundle import Bundle
 from sentinode.config import EvaluateConfig
 from sentinode.dataset import PreparedDataset
 from sentinode.errors import ManifestError, SentinodeError, UsageError
-from sentinode.manifests import REPORT_FORMAT_VERSION, EvaluationReport
+from sentinode.manifests import LEAK_MEANING, REPORT_FORMAT_VERSION, EvaluationReport
 from sentinode.metrics import operating_point, roc_auc_with_intervals
-from sentinode.model_card import LEAK_MEANING
 from sentinode.predictor import Predictor
 from sentinode.probability import calibrated_probability
 from sentinode.storage import exclusive, local_path, publish, staging_path, write_json, write_text_atomic

@@ -17,7 +17,7 @@ from data_prep.prepare import PrepareResult, prepare
 from ray_jobs.cluster import Need, check_capacity, connected
 from ray_jobs.verb import add_common_arguments, config_from, main_of, say
 from sentinode.config import PrepareConfig
-from sentinode.manifests import read_dataset_manifest
+from sentinode.manifests import LEAK_MEANING, read_dataset_manifest
 from sentinode.storage import local_path
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         share = 100 * counts.metastatic / max(counts.rows, 1)
         say(f"{split:>5}: {counts.rows:>7} patches in {counts.groups} groups, {counts.metastatic} metastatic ({share:.1f} %)")
     say(f"refused: {sum(manifest.rejected.values())} {manifest.rejected or ''}".rstrip())
-    for note in manifest.split.notes:
+    for note in [LEAK_MEANING[manifest.leak_level], *manifest.split.notes]:
         say(f"note: {note}")
     say(f"data set: {result.path}  (report.html; fingerprint {manifest.fingerprint[:16]}…)")
     return {"data": str(result.path), "fingerprint": manifest.fingerprint, "already_complete": result.already_complete}

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from sentinode import RESEARCH_USE_NOTICE
 from sentinode.config import SweepConfig
 from sentinode.dataset import PreparedDataset
-from sentinode.model_card import LEAK_MEANING
+from sentinode.manifests import LEAK_MEANING
 
 
 @dataclass(frozen=True)

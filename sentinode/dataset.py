@@ -1,5 +1,6 @@
 """Reading a prepared data set. Files are found through dataset.json only."""
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 
 from sentinode.errors import ManifestError, UsageError
 from sentinode.images import UInt8Array
-from sentinode.manifests import DatasetManifest, FileRecord, ShardRecord, read_dataset_manifest
+from sentinode.manifests import DatasetManifest, FileRecord, ShardRecord, SplitCounts, read_dataset_manifest
 from sentinode.storage import local_path, sha256_file
 
 INDEX_SCHEMA = pa.schema(
@@ -130,8 +131,11 @@ class PreparedDataset:
 
     @cached_property
     def index(self) -> pa.Table:
-        """index.parquet, one row per patch."""
-        return pq.read_table(self.path / "index.parquet", schema=INDEX_SCHEMA)
+        """index.parquet, one row per patch; raises like `read_shard`."""
+        try:
+            return pq.read_table(self.path / "index.parquet", schema=INDEX_SCHEMA)
+        except (OSError, pa.ArrowException) as error:
+            raise _unreadable(self.path / "index.parquet", error) from error
 
     def read_shard(self, shard: ShardRecord) -> Patches:
         """Read one shard.
@@ -161,9 +165,14 @@ class PreparedDataset:
         try:
             table = pq.read_table(path, columns=columns, partitioning=None)
         except (OSError, pa.ArrowException) as error:
-            raise ManifestError(f"{path}: cannot be read ({str(error).splitlines()[0]}); `sentinode verify` checks the whole data set") from error
+            raise _unreadable(path, error) from error
         if table.num_rows != shard.rows:
             raise ManifestError(f"{path}: {table.num_rows} rows, but dataset.json says {shard.rows}")
+        for field in map(row_schema(self.manifest.patch_size_px).field, columns):
+            if field.name not in table.column_names or table.schema.field(field.name).type != field.type:
+                raise ManifestError(f"{path}: no column {field.name} of type {field.type}")
+            if not field.nullable and table[field.name].null_count:
+                raise ManifestError(f"{path}: nulls in column {field.name}")
         return table
 
     def read_split(self, split: str) -> Patches:
@@ -177,6 +186,8 @@ class PreparedDataset:
         ------
         UsageError
             The data set has no such fold, or one side is empty.
+        ManifestError
+            The index lacks a row of the shards.
         """
         if fold is None:
             return self.read_split("train"), self.read_split("val")
@@ -187,7 +198,11 @@ class PreparedDataset:
             )
         rows = concatenate([self.read_split(split) for split in ("train", "val") if split in self.manifest.counts])
         fold_of = dict(zip(self.index["id"].to_pylist(), self.index["fold"].to_pylist(), strict=True))
-        validates = np.asarray([fold_of[id_] == fold for id_ in rows.ids])
+        if not fold_of.keys() >= set(rows.ids.tolist()):
+            raise ManifestError(f"{self.path / 'index.parquet'}: rows of the shards are missing; `sentinode verify` checks the whole data set")
+        validates = np.asarray([fold_of[id_] == fold for id_ in rows.ids.tolist()])
+        if validates.all() or not validates.any():
+            raise UsageError(f"{self.path}: fold {fold} leaves {(~validates).sum()} rows to train on and {validates.sum()} to validate on")
         return rows.take(~validates), rows.take(validates)
 
     def verify(self) -> list[str]:
@@ -202,14 +217,48 @@ class PreparedDataset:
                 problems.append(f"{record.path}: {path.stat().st_size} bytes, expected {record.bytes}")
             elif sha256_file(path) != record.sha256:
                 problems.append(f"{record.path}: sha256 differs")
-        if not problems:
-            rows = {split: sum(shard.rows for shard in self.manifest.shards if shard.split == split) for split in self.manifest.counts}
-            for split, counts in self.manifest.counts.items():
-                if rows[split] != counts.rows:
-                    problems.append(f"{split}: shards hold {rows[split]} rows, counts say {counts.rows}")
-            if self.index.num_rows != sum(rows.values()):
-                problems.append(f"index.parquet: {self.index.num_rows} rows, shards hold {sum(rows.values())}")
+        return problems or [*self._verify_rows(), *self._verify_index()]
+
+    def _verify_rows(self) -> list[str]:
+        problems = []
+        rows = dict.fromkeys(self.manifest.counts, 0)
+        for shard in self.manifest.shards:
+            rows[shard.split] = rows.get(shard.split, 0) + shard.rows
+            if (found := pq.read_metadata(self.path / shard.path).num_rows) != shard.rows:
+                problems.append(f"{shard.path}: {found} rows, dataset.json says {shard.rows}")
+        for split, found in rows.items():
+            expected = self.manifest.counts[split].rows if split in self.manifest.counts else 0
+            if found != expected:
+                problems.append(f"{split}: shards hold {found} rows, counts say {expected}")
         return problems
+
+    def _verify_index(self) -> list[str]:
+        problems = []
+        splits = np.asarray(self.index["split"].to_pylist(), dtype=np.str_)
+        labels = np.asarray(self.index["label"].fill_null(-1).to_pylist(), dtype=np.int64)
+        groups = np.asarray(self.index["group"].to_pylist(), dtype=np.str_)
+        for split, counts in self.manifest.counts.items():
+            own = splits == split
+            normal, metastatic, unlabelled = (int((labels[own] == label).sum()) for label in (0, 1, -1))
+            found = SplitCounts(rows=int(own.sum()), normal=normal, metastatic=metastatic, unlabelled=unlabelled, groups=len(np.unique(groups[own])))
+            for name, value in found:
+                if value != getattr(counts, name):
+                    problems.append(f"{split}: index.parquet holds {value} {name}, counts say {getattr(counts, name)}")
+        if self.index.num_rows != (total := sum(shard.rows for shard in self.manifest.shards)):
+            problems.append(f"index.parquet: {self.index.num_rows} rows, shards hold {total}")
+        if fingerprint(self.index) != self.manifest.fingerprint:
+            problems.append("index.parquet: does not give the fingerprint of dataset.json")
+        return problems
+
+
+def _unreadable(path: Path, error: Exception) -> ManifestError:
+    return ManifestError(f"{path}: cannot be read ({str(error).splitlines()[0]}); `sentinode verify` checks the whole data set")
+
+
+def fingerprint(index: pa.Table) -> str:
+    """Return the SHA-256 over the lines `id,label,split,pixel_sha1` of an index, sorted by id."""
+    rows = sorted(zip(*(index[name].to_pylist() for name in ("id", "label", "split", "pixel_sha1")), strict=True), key=lambda row: str(row[0]))
+    return hashlib.sha256("".join(f"{id_},{label},{split},{sha1}\n" for id_, label, split, sha1 in rows).encode()).hexdigest()
 
 
 def concatenate(parts: list[Patches]) -> Patches:

@@ -16,6 +16,17 @@ REPORT_FORMAT_VERSION = 1
 PREDICTIONS_FORMAT_VERSION = 1
 
 LeakLevel = Literal["slide", "pixels", "none"]
+LEAK_MEANING: dict[LeakLevel, str] = {
+    "slide": "No slide has patches in more than one split.",
+    "pixels": (
+        "No two patches of different splits share pixels; patches of one slide may stand in several splits, and intervals assume unrelated slides."
+    ),
+    "none": (
+        "LEAKY: patches were dealt at random, so neighbours of test patches were trained on. "
+        "Figures are too good and comparable only with others made so."
+    ),
+}
+"""What each leak level of a data set means for a reader of its figures."""
 SplitMethod = Literal["overlap", "slide", "random", "predefined"]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 

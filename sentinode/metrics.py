@@ -18,6 +18,8 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
 _CONFIDENCE = 0.95
+# Eight bytes each.
+_CHUNK_CELLS = 20_000_000
 _CELLS = ("tn", "fp", "fn", "tp")
 
 # Rate -> (cells counted, cells it is a share of).
@@ -117,7 +119,7 @@ def roc_auc_with_intervals(labels: IntArray, scores: FloatArray, groups: npt.NDA
 
 def _multiplicities(groups: int, samples: int, generator: np.random.Generator) -> Iterator[IntArray]:
     """How often each group is drawn in each resample: chunks of shape (some, groups), `samples` rows in all, one chunk in memory at a time."""
-    chunk = max(1, min(samples, 20_000_000 // max(groups, 1)))
+    chunk = max(1, min(samples, _CHUNK_CELLS // max(groups, 1)))
     for start in range(0, samples, chunk):
         yield generator.multinomial(groups, np.full(groups, 1 / groups), size=min(chunk, samples - start))
 

@@ -3,18 +3,7 @@
 from typing import Any
 
 from sentinode import RESEARCH_USE_NOTICE
-
-LEAK_MEANING = {
-    "slide": "No slide has patches in more than one split.",
-    "pixels": (
-        "No two patches of different splits share pixels; patches of one slide may stand in several splits, and intervals assume unrelated slides."
-    ),
-    "none": (
-        "LEAKY: patches were dealt at random, so neighbours of test patches were trained on. "
-        "Figures are too good and comparable only with others made so."
-    ),
-}
-"""What each leak level of a data set means for a reader of its figures."""
+from sentinode.manifests import LEAK_MEANING
 
 
 def model_card(manifest: dict[str, Any]) -> str:

@@ -183,8 +183,6 @@ def train_epochs(
             raise TrainingError(f"epoch {epoch + 1}: the training loss is {train_loss} at learning rate {learning_rate:g}; lower it")
         seconds = time.monotonic() - started
         record = _validate(learner, val, weights, config, rank, world_size, device)
-        if not np.isfinite(record["val_loss"]):
-            raise TrainingError(f"epoch {epoch + 1}: the validation loss is {record['val_loss']} at learning rate {learning_rate:g}; lower it")
         learner.schedule.step(record["val_loss"])
         record |= {"epoch": epoch, "train_loss": train_loss, "learning_rate": learning_rate, "rows": rows, "seconds": seconds}
         progress.add(record, config.selection_metric)
@@ -251,7 +249,7 @@ def _uses_bf16(config: TrainConfig, device: torch.device) -> bool:
 def _validate(
     learner: Learner, val: Patches, weights: torch.Tensor, config: TrainConfig, rank: int, world_size: int, device: torch.device | str
 ) -> dict[str, Any]:
-    """Return val_loss (weighted) and val_roc_auc over every validation row exactly once; the same on every rank."""
+    """Return val_loss (weighted, finite) and val_roc_auc over every validation row exactly once; the same on every rank."""
     learner.module.eval()
     if world_size > 1:
         # DDP copies rank 0's BatchNorm statistics before each step but not after the last one; rank 0's are what is saved.
@@ -270,10 +268,10 @@ def _validate(
     # Cross-entropy of two classes as a function of z1 - z0: softplus(-d) for class 1, softplus(d) for class 0.
     losses = np.logaddexp(0, np.where(val.labels == 1, -logits, logits))
     row_weights = weights.numpy().astype(np.float64)[val.labels]
-    return {
-        "val_loss": float((losses * row_weights).sum() / row_weights.sum()),
-        "val_roc_auc": roc_auc(val.labels, logits) if np.isfinite(logits).all() else None,
-    }
+    loss = float((losses * row_weights).sum() / row_weights.sum())
+    if not np.isfinite(loss):
+        raise TrainingError(f"the validation loss is {loss} at learning rate {learner.learning_rate:g}; lower it")
+    return {"val_loss": loss, "val_roc_auc": roc_auc(val.labels, logits) if np.isfinite(logits).all() else None}
 
 
 def _gather_interleaved(mine: npt.NDArray[np.float32], rows: int, rank: int, world_size: int, device: torch.device | str) -> npt.NDArray[np.float64]:

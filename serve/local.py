@@ -9,45 +9,42 @@ import httpx
 from ray import serve as ray_serve
 from ray.serve.schema import LoggingConfig
 
-from sentinode.config import ServeConfig
 from sentinode.errors import SentinodeError, UsageError
-from serve.app import ServeArgs, build_app
 
 START_TIMEOUT_S = 180.0
 PROXY_SLACK_S = 5.0
 """Serve's own timeout lies this much above ours, so that callers get our 504 with its request id and not the proxy's bare 408."""
 
 
-def run_local(config: ServeConfig, *, host: str = "127.0.0.1", port: int, ready: Callable[[str], None]) -> None:
-    """Serve a bundle until interrupted. Ray must be initialised.
+def run_local(
+    application: ray_serve.Application, *, request_timeout_s: float, host: str = "127.0.0.1", port: int, ready: Callable[[str], None]
+) -> None:
+    """Serve until interrupted. Ray must be initialised.
 
     Parameters
     ----------
-    config : ServeConfig
+    application : serve.Application
+        Of `serve.app.build_app`.
+    request_timeout_s : float
+        Of its configuration.
     host : str
         Interface to listen on; only this machine reaches the default.
     port : int
-        0 picks a free one.
+        Of `usable_port`.
     ready : callable
         Called once with the URL when predictions work.
 
     Raises
     ------
-    ConfigError
-        See `serve.app.build_app`.
-    UsageError
-        The port is taken or the host is not this machine's.
     SentinodeError
         The endpoint did not start.
     KeyboardInterrupt
         Passed on after Serve was shut down.
     """
-    application = build_app(ServeArgs(**config.model_dump()))
-    port = _usable_port(host, port)
     try:
         ray_serve.start(
             proxy_location="HeadOnly",
-            http_options={"host": host, "port": port, "request_timeout_s": config.request_timeout_s + PROXY_SLACK_S},
+            http_options={"host": host, "port": port, "request_timeout_s": request_timeout_s + PROXY_SLACK_S},
             logging_config=LoggingConfig(encoding="JSON", enable_access_log=False),
         )
         try:
@@ -62,8 +59,14 @@ def run_local(config: ServeConfig, *, host: str = "127.0.0.1", port: int, ready:
         ray_serve.shutdown()
 
 
-def _usable_port(host: str, port: int) -> int:
-    """Return the port, or a free one for 0, after binding it once: Serve itself reports a taken port only in its proxy's log."""
+def usable_port(host: str, port: int) -> int:
+    """Return the port, or a free one for 0, after binding it once: Serve itself reports a taken port only in its proxy's log.
+
+    Raises
+    ------
+    UsageError
+        The port is taken or the host is not this machine's.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

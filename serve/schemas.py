@@ -5,8 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from sentinode import RESEARCH_USE_NOTICE
-from sentinode.manifests import BundleManifest, LeakLevel, SplitMethod, ThresholdRule
-from sentinode.model_card import LEAK_MEANING
+from sentinode.manifests import LEAK_MEANING, BundleManifest, LeakLevel, SplitMethod, ThresholdRule
 from sentinode.probability import Decision
 
 EXAMPLE_DIGEST = "3f786850e387550fdab836ed7e6dc881de23001b" + "0" * 24

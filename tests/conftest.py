@@ -15,6 +15,24 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("RAY_ADDRESS", None)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", metavar="K/N", help="run only every N-th of the chosen tests, starting at the K-th")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep one share of what -m and -k left over."""
+    share = config.getoption("--share")
+    if share is None:
+        return
+    number, _, of = share.partition("/")
+    if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
+        raise pytest.UsageError(f"--share {share}: expected K/N with 1 <= K <= N, e.g. 2/4")
+    kept = items[int(number) - 1 :: int(of)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(_RAY_FOLDER, ignore_errors=True)
 

@@ -10,7 +10,7 @@ import torch
 
 from sentinode.bundle import Bundle, write_bundle
 from sentinode.config import TrainConfig
-from sentinode.dataset import INDEX_SCHEMA, Patches, PreparedDataset, images_to_column, row_schema
+from sentinode.dataset import INDEX_SCHEMA, Patches, PreparedDataset, fingerprint, images_to_column, row_schema
 from sentinode.images import UInt8Array
 from sentinode.manifests import DatasetManifest, FileRecord, ReferenceStatistics, ShardRecord, SplitCounts, SplitReport, ThresholdRule
 from sentinode.model import build_model, state_for_storage
@@ -53,7 +53,16 @@ def dataset_manifest(**changes: object) -> DatasetManifest:
     return DatasetManifest(**(fields | changes))
 
 
-def make_bundle(out: Path, *, seed: int = 0, input_size_px: int = 32, threshold: float = 0.4, temperature: float = 1.3, bias: float = -0.1) -> Bundle:
+def make_bundle(
+    out: Path,
+    *,
+    seed: int = 0,
+    input_size_px: int = 32,
+    threshold: float = 0.4,
+    temperature: float = 1.3,
+    bias: float = -0.1,
+    patch_size_px: int = 96,
+) -> Bundle:
     """A ResNet-18 with random weights (BatchNorm in its initial state), whose logits differ from patch to patch."""
     torch.manual_seed(seed)
     model = build_model("resnet18", weights="none")
@@ -61,7 +70,7 @@ def make_bundle(out: Path, *, seed: int = 0, input_size_px: int = 32, threshold:
         out,
         state_for_storage(model),
         config=TrainConfig(arch="resnet18", weights="none", unfreeze_depth=5, input_size_px=input_size_px),
-        dataset=dataset_manifest(),
+        dataset=dataset_manifest(patch_size_px=patch_size_px),
         temperature=temperature,
         bias=bias,
         threshold=threshold,
@@ -118,11 +127,15 @@ def make_dataset(out: Path, *, train: int = 120, val: int = 60, test: int = 60) 
             fold = None if split == "test" else int(group[-3:]) % 3
             known = {"id": str(id_), "label": int(label), "split": split, "fold": fold, "group": str(group), "shard": name, "row": row}
             index.append(dict.fromkeys(INDEX_SCHEMA.names) | known | {"pixel_sha1": hashlib.sha1(patches.images[row].tobytes()).hexdigest()})
-    pq.write_table(pa.Table.from_pylist(index, schema=INDEX_SCHEMA), out / "index.parquet")
-    fingerprint = hashlib.sha256(repr((train, val, test)).encode()).hexdigest()
+    index_table = pa.Table.from_pylist(index, schema=INDEX_SCHEMA)
+    pq.write_table(index_table, out / "index.parquet")
     split_report = dataset_manifest().split.model_copy(update={"folds": 3})
     manifest = dataset_manifest(
-        counts=counts, shards=shards, files=[FileRecord(**file_record(out, "index.parquet"))], fingerprint=fingerprint, split=split_report
+        counts=counts,
+        shards=shards,
+        files=[FileRecord(**file_record(out, "index.parquet"))],
+        fingerprint=fingerprint(index_table),
+        split=split_report,
     )
     write_json(out / "dataset.json", manifest.model_dump(mode="json"))
     return PreparedDataset.open(out)

@@ -12,7 +12,7 @@ from ray.serve.exceptions import RayServeException
 from sentinode.config import ServeConfig
 from sentinode.errors import ConfigError, UsageError
 from serve.app import ServeArgs, build_app
-from serve.local import run_local
+from serve.local import usable_port
 from tests.factories import make_bundle
 
 
@@ -99,9 +99,9 @@ def test_plain_keys_do_not_travel_to_replicas(bundle: str, monkeypatch: pytest.M
     assert "plain-key-1" not in repr(deployment.init_args)
 
 
-def test_a_taken_port_is_reported_before_anything_starts(bundle: str) -> None:
+def test_a_taken_port_is_reported_before_anything_starts() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(UsageError, match=r"cannot listen on 127\.0\.0\.1 port .*choose another"):
-            run_local(ServeConfig(bundle=bundle, auth="none"), port=taken.getsockname()[1], ready=print)
+            usable_port("127.0.0.1", taken.getsockname()[1])

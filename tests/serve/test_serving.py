@@ -3,7 +3,7 @@
 import _thread
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,11 @@ import httpx
 import pytest
 from ray import serve as ray_serve
 
-import serve.local
 from sentinode.config import ServeConfig
 from sentinode.errors import SentinodeError
 from sentinode.predictor import Predictor
-from serve.local import run_local
+from serve.app import build_app
+from serve.local import run_local, usable_port
 from tests.factories import make_bundle, random_patches
 from tests.serve.patch_files import encode, good_tif, refused_files
 
@@ -50,11 +50,15 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Any:
             raise Interrupted
 
         with pytest.raises(Interrupted):
-            run_local(config, port=0, ready=ready)
+            serve_locally(config, ready)
         if failures:
             raise failures[0]
 
     return run
+
+
+def serve_locally(config: ServeConfig, ready: Callable[[str], None]) -> None:
+    run_local(build_app(config), request_timeout_s=config.request_timeout_s, port=usable_port("127.0.0.1", 0), ready=ready)
 
 
 async def _post_all(url: str, files: list[bytes]) -> list[httpx.Response]:
@@ -146,16 +150,10 @@ def test_serve_is_shut_down_afterwards(started: Any, bundle: Path) -> None:
 
 def test_a_replica_refuses_a_bundle_that_was_replaced(started: Any, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = make_bundle(tmp_path / "bundle").path
-    build = serve.local.build_app
-
-    def build_then_replace(args: Any) -> Any:
-        application = build(args)
-        make_bundle(mine, seed=1)
-        return application
-
-    monkeypatch.setattr(serve.local, "build_app", build_then_replace)
+    application = build_app(ServeConfig(bundle=str(mine), auth="none"))
+    make_bundle(mine, seed=1)
     with pytest.raises(SentinodeError, match=r"the endpoint did not start: .*was replaced by another bundle") as caught:
-        run_local(ServeConfig(bundle=str(mine), auth="none"), port=0, ready=lambda url: None)
+        run_local(application, request_timeout_s=30, port=usable_port("127.0.0.1", 0), ready=lambda url: None)
     assert "\n" not in str(caught.value)
 
 
@@ -166,4 +164,4 @@ def test_an_interrupt_ends_it(bundle: Path) -> None:
         threading.Thread(target=_thread.interrupt_main, daemon=True).start()
 
     with pytest.raises(KeyboardInterrupt):
-        run_local(ServeConfig(bundle=str(bundle), auth="none"), port=0, ready=interrupt_soon)
+        serve_locally(ServeConfig(bundle=str(bundle), auth="none"), interrupt_soon)

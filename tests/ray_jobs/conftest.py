@@ -1,0 +1,48 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ray_jobs.train import TrainResult, train
+from sentinode.config import TrainConfig
+from sentinode.dataset import PreparedDataset
+from tests.factories import make_dataset
+
+QUICK = {"arch": "resnet18", "weights": "none", "unfreeze_depth": 5, "input_size_px": 32, "epochs": 2, "batch_size": 16, "learning_rate": 1e-3}
+"""A training that takes seconds once its workers are up."""
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
+    # Counts that neither two workers nor any batch size divides.
+    return make_dataset(tmp_path_factory.mktemp("jobs") / "data", train=97, val=41, test=43)
+
+
+@pytest.fixture(scope="session")
+def trained(ray_session: None, dataset: PreparedDataset, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """The result of one run with two DDP workers, shared by the tests that only read it."""
+    return train(TrainConfig(**QUICK, workers=2), dataset.path, tmp_path_factory.mktemp("jobs") / "run")
+
+
+@pytest.fixture
+def free_cpus(ray_session: None) -> Iterator[None]:
+    """Fail a test that leaves CPUs of the cluster taken: Ray may need seconds to free them, but not a minute."""
+    yield
+    wait_until_all_free(60)
+
+
+def wait_until_all_free(deadline_s: float) -> None:
+    import threading
+    import time
+
+    import ray
+
+    end = time.monotonic() + deadline_s
+    tick = threading.Event()
+    while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < end, f"still taken: {ray.available_resources()} of {ray.cluster_resources()}"
+        tick.wait(0.2)
+
+
+def folder_of(result: TrainResult) -> Path:
+    return result.bundle.path.parent

@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import pytest
+
+from ray_jobs.run_folder import RunRequest
+from sentinode.config import TrainConfig
+from sentinode.errors import UsageError
+
+
+def _request(folder: Path, *, fingerprint: str = "a", verb: str = "train", **settings: object) -> RunRequest:
+    return RunRequest(folder, verb, TrainConfig(**settings), fingerprint)
+
+
+def test_a_free_folder_is_claimed_and_found_again(tmp_path: Path) -> None:
+    request = _request(tmp_path / "run")
+    request.check()
+    assert not (tmp_path / "run").exists()
+    request.claim()
+    request.check()
+
+
+def test_what_does_not_change_the_result_may_change(tmp_path: Path) -> None:
+    _request(tmp_path / "run").claim()
+    _request(tmp_path / "run", max_failures=9).check()
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [({"epochs": 3}, "epochs was 15, now 3"), ({"fingerprint": "b"}, "data_fingerprint a"), ({"verb": "tune"}, "verb train")],
+)
+def test_another_run_is_refused_by_what_differs(tmp_path: Path, other: dict[str, object], named: str) -> None:
+    _request(tmp_path / "run").claim()
+    with pytest.raises(UsageError, match=named):
+        _request(tmp_path / "run", **other).check()  # type: ignore[arg-type]
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UsageError, match="is not a train run"):
+        _request(tmp_path).check()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is not a train run"):
+        _request(tmp_path / "file").check()
+
+
+def test_a_damaged_request_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "request.json").write_text("{")
+    with pytest.raises(UsageError, match="damaged"):
+        _request(tmp_path).check()

@@ -1,0 +1,169 @@
+"""Augmentation keeps the label: the centre stays in the centre, and a row looks the same in whatever batch it is."""
+
+import colorsys
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from sentinode.augment import augment, dihedral, draw, jitter_colours, rotate
+from sentinode.config import AugmentConfig
+from sentinode.preprocess import to_unit_nchw
+from tests.factories import random_patches
+
+SEED_PRESET = AugmentConfig(dihedral=False, flip=True, rotation_deg=15, colour_jitter=0.3, hue_jitter=0)
+EVERYTHING = AugmentConfig(rotation_deg=15, colour_jitter=0.3, hue_jitter=0.1)
+NOTHING = AugmentConfig(dihedral=False, colour_jitter=0, hue_jitter=0)
+
+
+def patches(count: int, side_px: int = 96) -> torch.Tensor:
+    return to_unit_nchw(torch.from_numpy(random_patches(count, side_px=side_px)))
+
+
+def centre(batch: torch.Tensor) -> torch.Tensor:
+    return batch[..., 32:64, 32:64]
+
+
+def factors(count: int, value: float = 1.0) -> torch.Tensor:
+    return torch.full((count,), value)
+
+
+def test_the_eight_elements_are_the_eight_symmetries_of_the_square() -> None:
+    patch = patches(1)
+    eight = dihedral(patch.expand(8, -1, -1, -1), torch.arange(8))
+    expected = [torch.rot90(image, turns, (2, 3))[0] for image in (patch, patch.flip(3)) for turns in range(4)]
+    assert all(any(torch.equal(one, other) for other in expected) for one in eight)
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(eight, 2))
+    assert torch.equal(eight[0], patch[0])
+
+
+def test_every_symmetry_maps_the_centre_square_onto_itself() -> None:
+    mask = torch.zeros(1, 3, 96, 96)
+    mask[..., 32:64, 32:64] = 1
+    assert torch.equal(dihedral(mask.expand(8, -1, -1, -1), torch.arange(8)), mask.expand(8, -1, -1, -1))
+    patch = patches(1)
+    for image in dihedral(patch.expand(8, -1, -1, -1), torch.arange(8)):
+        assert torch.equal(centre(image).flatten().sort().values, centre(patch).flatten().sort().values)
+
+
+def test_each_patch_gets_its_own_symmetry() -> None:
+    batch = patches(8)
+    elements = torch.tensor([3, 0, 7, 1, 4, 2, 6, 5])
+    together = dihedral(batch, elements)
+    for row in range(8):
+        assert torch.equal(together[row], dihedral(batch[row : row + 1], elements[row : row + 1])[0])
+
+
+def test_all_eight_symmetries_come_up_equally_often() -> None:
+    elements = (draw(0, 0, 80_000)[:, 0] * 8).long()
+    shares = torch.bincount(elements, minlength=8) / 80_000
+    assert len(shares) == 8
+    assert (shares - 1 / 8).abs().max() < 0.005
+
+
+def test_draws_depend_on_seed_epoch_and_row_only() -> None:
+    draws = draw(7, 3, 100)
+    assert draws.shape == (100, 8)
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    assert torch.equal(draws, draw(7, 3, 100))
+    assert torch.equal(draws[:40], draw(7, 3, 40))
+    assert not torch.equal(draws, draw(7, 4, 100))
+    assert not torch.equal(draws, draw(8, 3, 100))
+    assert len(torch.unique(draws, dim=0)) == 100
+
+
+@pytest.mark.parametrize("config", [AugmentConfig(), SEED_PRESET, EVERYTHING], ids=["default", "seed", "everything"])
+def test_a_row_looks_the_same_whatever_batch_it_falls_into(config: AugmentConfig) -> None:
+    batch, draws = patches(12), draw(1, 2, 12)
+    together = augment(batch, draws, config)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    shuffled = augment(batch[order], draws[order], config)
+    alone = torch.cat([augment(batch[row : row + 1], draws[row : row + 1], config) for row in range(12)])
+    torch.testing.assert_close(shuffled, together[order], atol=1e-6, rtol=0)
+    torch.testing.assert_close(alone, together, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("config", [AugmentConfig(), SEED_PRESET, EVERYTHING, NOTHING], ids=["default", "seed", "everything", "nothing"])
+def test_the_result_stays_within_the_unit_range_and_the_input_is_left_alone(config: AugmentConfig) -> None:
+    batch = torch.cat([patches(20), torch.zeros(1, 3, 96, 96), torch.ones(1, 3, 96, 96)])
+    before = batch.clone()
+    result = augment(batch, draw(3, 0, 22), config)
+    assert result.shape == batch.shape
+    assert result.dtype == batch.dtype
+    assert result.min() >= 0
+    assert result.max() <= 1
+    assert torch.equal(batch, before)
+    assert torch.equal(result, batch) == (config == NOTHING)
+
+
+def test_the_default_only_turns_mirrors_and_recolours() -> None:
+    batch, draws = patches(10), draw(5, 1, 10)
+    moved = augment(batch, draws, AugmentConfig(colour_jitter=0, hue_jitter=0))
+    assert torch.equal(moved, dihedral(batch, (draws[:, 0] * 8).long()))
+    coloured = augment(batch, draws, AugmentConfig(dihedral=False))
+    assert 0 < (coloured - batch).abs().mean() < 0.1
+
+
+def test_flips_are_independent_and_even() -> None:
+    corner = torch.zeros(1, 3, 96, 96)
+    corner[..., 0, 0] = 1
+    flipped = augment(corner.expand(400, -1, -1, -1), draw(0, 0, 400), AugmentConfig(dihedral=False, flip=True, colour_jitter=0, hue_jitter=0))
+    corners = flipped[:, 0, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert corners.sum(1).tolist() == [1.0] * 400
+    assert corners.mean(0).min() > 0.18
+
+
+def test_factors_of_one_change_no_colour() -> None:
+    batch = patches(4)
+    one = factors(4)
+    torch.testing.assert_close(jitter_colours(batch, one, one, one, factors(4, 0.0)), batch, atol=2e-6, rtol=0)
+
+
+def test_brightness_scales_contrast_spreads_around_the_grey_and_saturation_fades_to_it() -> None:
+    batch = patches(2) * 0.5 + 0.2
+    one, zero = factors(2), factors(2, 0.0)
+    grey = (batch * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    torch.testing.assert_close(jitter_colours(batch, factors(2, 0.7), one, one, zero), batch * 0.7, atol=1e-5, rtol=0)
+    mean = grey.mean((2, 3), keepdim=True)
+    torch.testing.assert_close(jitter_colours(batch, one, factors(2, 0.7), one, zero), mean + (batch - mean) * 0.7, atol=1e-5, rtol=0)
+    torch.testing.assert_close(jitter_colours(batch, one, one, factors(2, 0.5), zero), (batch + grey) / 2, atol=2e-3, rtol=0)
+
+
+def test_a_third_of_a_turn_makes_red_greenish_or_bluish_and_keeps_grey() -> None:
+    one = factors(1)
+    red = torch.tensor([0.5, 0.25, 0.25]).view(1, 3, 1, 1).expand(1, 3, 96, 96)
+    turned = jitter_colours(red, one, one, one, factors(1, 1 / 3))[0, :, 0, 0].tolist()
+    hue = colorsys.rgb_to_hsv(*turned)[0]
+    assert min(abs(hue - 1 / 3), abs(hue - 2 / 3)) < 0.12
+    grey = torch.full((1, 3, 96, 96), 0.4)
+    torch.testing.assert_close(jitter_colours(grey, one, one, one, factors(1, 0.3)), grey, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("degrees", [-15.0, 5.0, 15.0])
+def test_rotation_turns_around_the_centre_and_keeps_it(degrees: float) -> None:
+    rows, columns = np.mgrid[:96, :96] - 47.5
+    blob = np.exp(-(rows**2 + columns**2) / 200) + 0.5 * np.exp(-(rows**2 + (columns - 25) ** 2) / 30)
+    image = torch.tensor(np.broadcast_to(blob, (1, 3, 96, 96)).copy(), dtype=torch.float32)
+    angle = math.radians(degrees)
+    turned = rotate(image, torch.tensor([angle]))
+    assert abs(float(turned[0, 0, 47:49, 47:49].mean() - image[0, 0, 47:49, 47:49].mean())) < 0.01
+    # The side blob, 25 px from the centre, moves along its circle, and the whole keeps its mass.
+    side = turned[0, 0].clone()
+    side[28:68, 28:64] = 0
+    y, x = divmod(int(side.argmax()), 96)
+    assert math.hypot(y - 47.5, x - 47.5) == pytest.approx(25, abs=1.5)
+    assert abs(math.degrees(math.atan2(y - 47.5, x - 47.5))) == pytest.approx(abs(degrees), abs=3)
+    assert float(turned.sum() / image.sum()) == pytest.approx(1, abs=0.01)
+
+
+def test_no_rotation_changes_nothing_and_rotations_stay_within_their_bound() -> None:
+    batch = patches(3)
+    torch.testing.assert_close(rotate(batch, torch.zeros(3)), batch, atol=1e-5, rtol=0)
+    config = AugmentConfig(dihedral=False, rotation_deg=15, colour_jitter=0, hue_jitter=0)
+    extremes = torch.zeros(2, 8)
+    extremes[1, 2] = 1
+    bound = torch.tensor([-math.radians(15), math.radians(15)])
+    torch.testing.assert_close(augment(batch[:2], extremes, config), rotate(batch[:2], bound))

@@ -1,0 +1,129 @@
+"""A sweep is checked before any trial starts: what some trial would trip over is refused at once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sentinode.config import AshaConfig, LogUniform, NoScheduler, SweepConfig, TrainConfig, load_config, parse_config
+from sentinode.errors import ConfigError
+
+SPACE = {"learning_rate": {"loguniform": [1e-5, 1e-2]}}
+SWEEPS = Path(__file__).parents[2] / "tune_configs"
+
+
+def refusal(**fields: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(SweepConfig, fields)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_sweeps_that_come_with_the_program_are_valid(path: Path) -> None:
+    assert load_config(SweepConfig, [path]).space
+
+
+def test_a_point_of_the_space_overlays_the_base() -> None:
+    sweep = parse_config(
+        SweepConfig,
+        {
+            "space": {"learning_rate": {"loguniform": ["1e-5", "1e-2"]}, "augment.colour_jitter": {"uniform": [0, 0.5]}},
+            "base": {"epochs": 2, "augment": {"hue_jitter": 0.1}},
+            "workers_per_trial": 3,
+            "metric": "val_loss",
+        },
+    )
+    assert sweep.space["learning_rate"] == LogUniform(loguniform=(1e-5, 1e-2))
+    config = sweep.train_config({"learning_rate": 0.001, "augment.colour_jitter": 0.25})
+    assert (config.learning_rate, config.epochs, config.workers, config.selection_metric) == (0.001, 2, 3, "val_loss")
+    assert (config.augment.colour_jitter, config.augment.hue_jitter) == (0.25, 0.1)
+    assert sweep.base["augment"] == {"hue_jitter": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"learning_rat": {"uniform": [0.1, 1]}}, "space.learning_rat: unknown key learning_rat; did you mean learning_rate?"),
+        ({"augment.flipp": {"choice": [True]}}, "space.augment.flipp: unknown key augment.flipp; did you mean flip?"),
+        ({"learning_rate": {"uniform": [1, 0.1]}}, "space.learning_rate: range [1.0, 0.1] must run from low to high"),
+        ({"learning_rate": {"loguniform": [0.1, 0.1]}}, "space.learning_rate: range [0.1, 0.1] must run from low to high"),
+        ({"epochs": {"randint": [5, 1]}}, "space.epochs: range [5, 1] must run from low to high"),
+        ({"learning_rate": {"loguniform": [0, 1]}}, "space: learning_rate: loguniform.0: got 0, input should be greater than 0"),
+        ({"learning_rate": {"uniform": [-1, 1]}}, "space.learning_rate: learning_rate: got -1.0, input should be greater than 0"),
+        ({"augment.colour_jitter": {"uniform": [0, 2]}}, "space.augment.colour_jitter: augment.colour_jitter: got 2.0"),
+        ({"unfreeze_depth": {"choice": [0, 9]}}, "space.unfreeze_depth: unfreeze_depth: got 9, input should be less than or equal to 5"),
+        ({"unfreeze_depth": {"randint": [0, 6]}}, "space.unfreeze_depth: unfreeze_depth: got 6"),
+        ({"unfreeze_depth": {"grid": []}}, "space: unfreeze_depth: grid: got []"),
+        ({"unfreeze_depth": {"choise": [1]}}, "must be one of loguniform, uniform, randint, choice, grid"),
+        ({"unfreeze_depth": [0, 1]}, "must be one of loguniform, uniform, randint, choice, grid"),
+        ({"unfreeze_depth": {"choice": [1], "grid": [1]}}, "must be one of loguniform, uniform, randint, choice, grid"),
+        ({"epochs": {"choice": [True]}}, "space.epochs: epochs: got True, input should be a number"),
+        ({"epochs": {"randint": [True, 5]}}, "space: epochs: randint: got [True, 5], input should be a number"),
+        ({"augment.": {"grid": [{}]}}, "space.augment.: a key has an empty part"),
+        ({}, "space: got {}"),
+    ],
+)
+def test_a_space_that_no_trial_could_use_is_refused(space: dict[str, Any], message: str) -> None:
+    assert message in refusal(space=space)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "loguniform"])
+def test_a_whole_number_cannot_be_drawn_from_fractions(kind: str) -> None:
+    message = refusal(space={"epochs": {kind: [1, 5]}})
+    assert message.startswith("space.epochs: epochs: got ")
+    assert "valid integer" in message
+
+
+def test_the_grid_searcher_takes_grid_entries_only() -> None:
+    assert "grid entries only" in refusal(space={"unfreeze_depth": {"choice": [0, 1]}}, searcher="grid")
+    assert "grid entries only" in refusal(space={"unfreeze_depth": {"grid": [0, 1]}, **SPACE}, searcher="grid")
+    assert parse_config(SweepConfig, {"space": {"unfreeze_depth": {"grid": [0, 1]}}, "searcher": "grid"}).searcher == "grid"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"base": {"epoch": 3}}, "base: unknown key epoch; did you mean epochs?"),
+        ({"base": {"augment": {"flipp": 1}}}, "base: unknown key augment.flipp; did you mean flip?"),
+        ({"base": {"epochs": -1}}, "base: epochs: got -1"),
+        ({"base": {"learning_rate": 1e-3}}, "base.learning_rate: also in space"),
+        ({"base": {"workers": 2}}, "workers cannot be set per trial: use workers_per_trial"),
+        ({"base": {"selection_metric": "val_loss"}}, "selection_metric cannot be set per trial: use metric"),
+        ({"scheduler": {"kind": "asha", "grace_perod_epochs": 1}}, "unknown key scheduler.grace_perod_epochs; did you mean grace_period_epochs?"),
+        ({"scheduler": {"kind": "none", "reduction_factor": 4}}, "unknown key scheduler.reduction_factor"),
+        ({"scheduler": {"kind": "asha", "reduction_factor": 1}}, "scheduler.reduction_factor: got 1, input should be greater than or equal to 2"),
+        ({"scheduler": {"kind": "hyperband"}}, "scheduler: got {'kind': 'hyperband'}"),
+        ({"scheduler": "asha"}, "scheduler: got 'asha'"),
+        ({"serchers": "grid"}, "unknown key serchers; did you mean searcher?"),
+        ({"trials": 0}, "trials: got 0"),
+        ({"metric": "test_roc_auc"}, "metric: got 'test_roc_auc'"),
+    ],
+)
+def test_everything_around_the_space_is_as_strict(fields: dict[str, Any], message: str) -> None:
+    assert refusal(space=SPACE, **fields).startswith(message)
+
+
+def test_a_nested_field_may_not_be_in_base_and_space() -> None:
+    space = {"augment.colour_jitter": {"grid": [0.1]}}
+    assert refusal(space=space, base={"augment": {"colour_jitter": 0.2}}).startswith("base.augment.colour_jitter: also in space")
+    assert parse_config(SweepConfig, {"space": space, "base": {"augment": {"hue_jitter": 0.2}}})
+
+
+def test_a_mapping_and_a_part_of_it_may_not_both_be_in_the_space() -> None:
+    message = refusal(space={"augment": {"grid": [{"hue_jitter": 0}]}, "augment.colour_jitter": {"grid": [0.1]}})
+    assert message.startswith("space.augment.colour_jitter: a part of augment")
+
+
+def test_schedulers_are_told_apart_by_their_kind() -> None:
+    assert parse_config(SweepConfig, {"space": SPACE}).scheduler == NoScheduler()
+    asha = parse_config(SweepConfig, {"space": SPACE, "scheduler": {"kind": "asha", "reduction_factor": 3}}).scheduler
+    assert asha == AshaConfig(kind="asha", reduction_factor=3)
+
+
+def test_best_yaml_of_a_trial_feeds_training_unchanged(tmp_path: Path) -> None:
+    best = parse_config(SweepConfig, {"space": SPACE, "base": {"epochs": 2}}).train_config({"learning_rate": 0.00123})
+    (tmp_path / "best.yaml").write_text(yaml.safe_dump(best.model_dump(mode="json")))
+    assert load_config(TrainConfig, [tmp_path / "best.yaml"]) == best
