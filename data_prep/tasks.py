@@ -10,7 +10,7 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from sentinode.errors import SentinodeError
+from sentinode.errors import SentinodeError, one_line, root_of
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total)."""
@@ -59,7 +59,8 @@ def run_tasks(stage: str, function: Callable[..., Any], work: Sequence[dict[str,
                 done += 1
                 progress(stage, done, len(work))
         except RayError as error:
-            raise SentinodeError(f"{stage} failed: {_one_line(error)}") from error
+            root = root_of(error)
+            raise SentinodeError(f"{stage} failed: {type(root).__name__}: {one_line(root)}") from error
     if done != len(work):
         raise SentinodeError(f"{stage} failed: {done} of {len(work)} results came back")
     return results

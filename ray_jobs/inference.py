@@ -15,7 +15,7 @@ import torch
 
 from ray_jobs.cluster import Need, check_capacity, wants_gpus
 from sentinode.config import EvaluateConfig, PredictConfig
-from sentinode.errors import SentinodeError
+from sentinode.errors import SentinodeError, one_line, root_of
 from sentinode.predictor import Predictor
 
 Work = Callable[[Predictor, int], pa.Table]
@@ -54,6 +54,8 @@ def run_units(bundle: Path, units: int, work: Work, config: EvaluateConfig | Pre
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # Otherwise the type and the causes of what an actor raises are lost on the way.
+    context.raise_original_map_exception = True
     # One block per unit, so that units spread over the actors.
     source = ray.data.from_arrow([pa.table({"unit": [unit]}) for unit in range(units)])
     results = source.map_batches(
@@ -73,6 +75,6 @@ def run_units(bundle: Path, units: int, work: Work, config: EvaluateConfig | Pre
             done += table.num_rows
             show(done, units)
     except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None)
-        raise cause if isinstance(cause, SentinodeError) else error from error
+        root = root_of(error)
+        raise root if isinstance(root, SentinodeError) else SentinodeError(f"{verb} failed: {one_line(root)}") from error
     return pa.concat_tables(tables)

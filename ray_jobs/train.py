@@ -24,7 +24,7 @@ from ray_jobs.verb import add_common_arguments, config_from, main_of, say
 from sentinode.bundle import Bundle
 from sentinode.config import TrainConfig
 from sentinode.dataset import Patches, PreparedDataset
-from sentinode.errors import SentinodeError, StoppedError, TrainingError
+from sentinode.errors import SentinodeError, StoppedError, TrainingError, one_line, root_of
 from sentinode.finishing import finish_bundle, split_calibration
 from sentinode.model import build_model, set_unfreeze_depth, state_for_storage
 from sentinode.storage import exclusive, local_path
@@ -128,7 +128,7 @@ def load_rows(dataset: PreparedDataset, config: TrainConfig) -> LoadedRows:
         ray.wait([train_ref], fetch_local=False)
         ray.get(calibration_ref)
     except ray.exceptions.RayTaskError as error:
-        raise _own_error(error) from error
+        raise task_error(error, "reading the data set") from error
     return LoadedRows(train_ref, val_ref, calibration_ref)
 
 
@@ -185,17 +185,18 @@ def _fit(config: TrainConfig, dataset: PreparedDataset, folder: Path, rows: Load
 def training_error(error: Exception, folder: Path) -> SentinodeError:
     """Turn what Ray Train raises into one line; an error of our own inside a worker comes back as itself."""
     failures = getattr(error, "worker_failures", None) or {}
-    cause: BaseException = next(iter(failures.values()), error)
-    while isinstance(getattr(cause, "cause", None), BaseException):
-        cause = cause.cause  # type: ignore[attr-defined]
-    if isinstance(cause, SentinodeError):
-        return cause
-    line = next((text for text in reversed(str(cause).strip().splitlines()) if text.strip()), type(cause).__name__)
-    return TrainingError(f"training failed: {line.strip()} (checkpoints so far in {folder}; -v shows the traceback)")
+    roots = [root_of(failure) for failure in failures.values()] or [root_of(error)]
+    # Where one rank fails, the others fail on the broken connection to it: an error of our own says more than theirs.
+    root = next((root for root in roots if isinstance(root, SentinodeError)), roots[0])
+    if isinstance(root, SentinodeError):
+        return root
+    return TrainingError(f"training failed: {one_line(root)} (checkpoints so far in {folder}; -v shows the traceback)")
 
 
-def _own_error(error: ray.exceptions.RayTaskError) -> Exception:
-    return error.cause if isinstance(error.cause, SentinodeError) else error
+def task_error(error: ray.exceptions.RayTaskError, what: str) -> SentinodeError:
+    """Turn the failure of a Ray task of ours into one line."""
+    root = root_of(error)
+    return root if isinstance(root, SentinodeError) else SentinodeError(f"{what} failed: {one_line(root)}")
 
 
 def train_loop_per_worker(loop: dict[str, Any]) -> str | None:
@@ -299,7 +300,7 @@ def finish(
     try:
         bundle: Bundle = ray.get(task.remote(weights, rows.calibration, config, dataset, out, name, "cuda" if use_gpu else "cpu"))
     except ray.exceptions.RayTaskError as error:
-        raise _own_error(error) from error
+        raise task_error(error, "making the bundle") from error
     return bundle
 
 

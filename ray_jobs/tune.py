@@ -26,7 +26,7 @@ from ray_jobs.verb import add_common_arguments, config_from, main_of, say
 from sentinode.bundle import Bundle
 from sentinode.config import AshaConfig, Choice, Domain, Grid, LogUniform, RandInt, SweepConfig, TrainConfig, Uniform
 from sentinode.dataset import PreparedDataset
-from sentinode.errors import ConfigError, StoppedError, TrainingError
+from sentinode.errors import ConfigError, StoppedError, TrainingError, one_line, root_of
 from sentinode.model import build_model
 from sentinode.storage import exclusive, local_path, write_text_atomic
 
@@ -229,18 +229,10 @@ def _summary(result: Any, trials_folder: Path, config: SweepConfig) -> TrialSumm
     try:
         _, progress = best_checkpoint(trials_folder / trial_id, config.train_config(point))
     except TrainingError:
-        return TrialSummary(trial_id, point, [], None, None, _one_line(result.error) if result.error else "no epoch was finished")
+        return TrialSummary(trial_id, point, [], None, None, one_line(root_of(result.error)) if result.error else "no epoch was finished")
     return TrialSummary(
-        trial_id, point, progress.history, progress.best_epoch, progress.best_value, _one_line(result.error) if result.error else None
+        trial_id, point, progress.history, progress.best_epoch, progress.best_value, one_line(root_of(result.error)) if result.error else None
     )
-
-
-def _one_line(error: BaseException) -> str:
-    cause: BaseException = error
-    while isinstance(getattr(cause, "cause", None), BaseException):
-        cause = cause.cause  # type: ignore[attr-defined]
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(cause).__name__
 
 
 def best_yaml(best: TrialSummary, config: TrainConfig, metric: str) -> str:

@@ -169,8 +169,8 @@ class PreparedDataset:
         if table.num_rows != shard.rows:
             raise ManifestError(f"{path}: {table.num_rows} rows, but dataset.json says {shard.rows}")
         for field in map(row_schema(self.manifest.patch_size_px).field, columns):
-            if field.name not in table.column_names or table.schema.field(field.name).type != field.type:
-                raise ManifestError(f"{path}: no column {field.name} of type {field.type}")
+            if (found := table.schema.field(field.name).type) != field.type:
+                raise ManifestError(f"{path}: column {field.name} is of type {found}, not {field.type}")
             if not field.nullable and table[field.name].null_count:
                 raise ManifestError(f"{path}: nulls in column {field.name}")
         return table

@@ -69,3 +69,25 @@ class PatchError(SentinodeError):
     def __init__(self, code: PatchErrorCode, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+def root_of(error: BaseException) -> BaseException:
+    """Return what an error of another library was made from: the first SentinodeError among its causes, else the innermost cause.
+
+    Causes are `__cause__`, and `cause` where an error carries one (Ray's do, since tracebacks do not travel between processes).
+    """
+    seen: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in seen:
+        if isinstance(following, SentinodeError):
+            return following
+        seen.append(following)
+        carried = getattr(following, "cause", None)
+        following = carried if isinstance(carried, BaseException) else following.__cause__
+    return seen[-1]
+
+
+def one_line(error: BaseException) -> str:
+    """Return the last line of an error's message that is not empty, or its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

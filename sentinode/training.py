@@ -217,8 +217,9 @@ def _train_one_epoch(
     rows = 0
     for mine, step in rows_of_steps(len(labels), config.batch_size, rank, world_size, config.seed, epoch):
         weight = torch.from_numpy(row_weights[mine])
-        # A rank with too few rows borrows some at weight zero: every rank must take part in the step.
-        padded = np.concatenate([mine, np.resize(step, max(0, _MIN_ROWS - len(mine)))])
+        # A rank with too few rows borrows some at weight zero: every rank must take part in the step. Not its own again, whose variance is 0.
+        borrowed = ((mine if len(mine) else step)[-1] + 1 + np.arange(_MIN_ROWS - len(mine))) % len(labels)
+        padded = np.concatenate([mine, borrowed])
         weight = functional.pad(weight, (0, len(padded) - len(mine))).to(device)
         patches = augment(to_unit_nchw(source.take(padded)), draws[torch.from_numpy(padded)].to(device), config.augment)
         inputs = normalise(resize(patches, config.input_size_px), config.mean, config.std)

@@ -46,3 +46,12 @@ def ray_session() -> Iterator[None]:
     ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def ray_address(ray_session: None) -> str:
+    """Address of the shared Ray, for commands that run as processes of their own."""
+    import ray
+
+    address: str = ray.get_runtime_context().gcs_address
+    return address

@@ -1,0 +1,293 @@
+"""Reading a prepared data set, and finding every kind of damage to one."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sentinode.dataset import INDEX_SCHEMA, PreparedDataset, column_to_images, concatenate, fingerprint, images_to_column, row_schema
+from sentinode.errors import ManifestError, ManifestNotFoundError, UsageError
+from sentinode.storage import file_record, write_json
+from tests.factories import learnable_patches, make_dataset, random_patches
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
+    return make_dataset(tmp_path_factory.mktemp("original") / "data", train=40, val=20, test=10)
+
+
+@pytest.fixture
+def folder(original: PreparedDataset, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return shutil.copytree(original.path, tmp_path / "data")
+
+
+def rewrite(folder: Path, name: str, edit: Callable[[pa.Table], pa.Table], *, sign: bool = True, **changes: Any) -> None:
+    """Edit a Parquet file; with `sign` also record its new size and checksum, and `changes`, in its record."""
+    pq.write_table(edit(pq.read_table(folder / name, partitioning=None)), folder / name)
+    if sign:
+        edit_manifest(folder, lambda content: [r.update(file_record(folder, name), **changes) for r in records(content) if r["path"] == name])
+
+
+def edit_manifest(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    content = PreparedDataset.open(folder).manifest.model_dump(mode="json")
+    edit(content)
+    write_json(folder / "dataset.json", content)
+
+
+def records(content: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*content["shards"], *content["files"]]
+
+
+def refusal(read: Callable[[], object], kind: type[UsageError] = ManifestError) -> str:
+    with pytest.raises(kind) as caught:
+        read()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_folder_that_is_no_data_set_is_named(tmp_path: Path) -> None:
+    assert refusal(lambda: PreparedDataset.open(tmp_path), ManifestNotFoundError).startswith("not a prepared data set: ")
+
+
+def test_a_split_is_read_row_for_row(original: PreparedDataset) -> None:
+    for seed, (split, rows) in enumerate({"train": 40, "val": 20, "test": 10}.items()):
+        read, expected = original.read_split(split), learnable_patches(rows, seed)
+        assert len(read) == rows
+        for name in ("ids", "labels", "groups", "images"):
+            np.testing.assert_array_equal(getattr(read, name), getattr(expected, name))
+        assert (read.labels.dtype, read.images.dtype) == (np.int64, np.uint8)
+
+
+def test_several_shards_are_read_in_order(folder: Path) -> None:
+    first, second = learnable_patches(40, 0), learnable_patches(6, 7)
+    table = {"id": second.ids.tolist(), "label": second.labels.tolist(), "group": second.groups.tolist(), "slide": [None] * 6}
+    pq.write_table(pa.table(table | {"image": images_to_column(second.images)}, schema=row_schema(96)), folder / "train" / "part-00001.parquet")
+    shard = {"split": "train", "rows": 6} | file_record(folder, "train/part-00001.parquet")
+    edit_manifest(folder, lambda content: content["shards"].append(shard))
+    read = PreparedDataset.open(folder).read_split("train")
+    np.testing.assert_array_equal(read.ids, np.concatenate([first.ids, second.ids]))
+    np.testing.assert_array_equal(read.images, np.concatenate([first.images, second.images]))
+
+
+def test_a_file_that_the_manifest_does_not_list_is_not_read(folder: Path) -> None:
+    shutil.copy(folder / "val" / "part-00000.parquet", folder / "train" / "part-00001.parquet")
+    assert len(PreparedDataset.open(folder).read_split("train")) == 40
+
+
+def test_pixels_can_be_read_without_labels(folder: Path) -> None:
+    name = "test/part-00000.parquet"
+    rewrite(folder, name, lambda table: table.set_column(1, table.schema.field("label"), pa.nulls(10, pa.int8())))
+    dataset = PreparedDataset.open(folder)
+    (shard,) = dataset.shards("test")
+    ids, images = dataset.read_pixels(shard)
+    expected = learnable_patches(10, 2)
+    assert ids == expected.ids.tolist()
+    np.testing.assert_array_equal(images, expected.images)
+    assert "unlabelled rows; training and evaluation need labels" in refusal(lambda: dataset.read_shard(shard), UsageError)
+
+
+def test_a_split_that_is_not_there_is_refused_with_those_that_are(original: PreparedDataset) -> None:
+    assert refusal(lambda: original.shards("all"), UsageError) == f"{original.path}: no rows in split 'all'; it has train, val, test"
+
+
+def test_the_image_column_round_trips_sliced_chunked_and_empty() -> None:
+    images = random_patches(7, side_px=8)
+    column = images_to_column(images)
+    np.testing.assert_array_equal(column_to_images(column, 8), images)
+    np.testing.assert_array_equal(column_to_images(column.slice(2, 3), 8), images[2:5])
+    np.testing.assert_array_equal(column_to_images(pa.chunked_array([column.slice(0, 2), column.slice(5)]), 8), images[[0, 1, 5, 6]])
+    assert column_to_images(column.slice(0, 0), 8).shape == (0, 8, 8, 3)
+    assert column_to_images(pa.chunked_array([], column.type), 8).shape == (0, 8, 8, 3)
+    np.testing.assert_array_equal(column_to_images(images_to_column(images[:, :, ::-1]), 8), images[:, :, ::-1])
+
+
+def test_a_shard_is_plain_parquet_with_its_shape_in_the_metadata(original: PreparedDataset) -> None:
+    table = pq.read_table(original.path / "train" / "part-00000.parquet", partitioning=None)
+    assert table.schema.field("image").type == pa.binary(27_648)
+    metadata = table.schema.field("image").metadata
+    assert (metadata[b"shape"], metadata[b"dtype"], metadata[b"channel_order"]) == (b"[96, 96, 3]", b"uint8", b"RGB")
+    first = np.frombuffer(table["image"][0].as_py(), np.uint8).reshape(96, 96, 3)
+    np.testing.assert_array_equal(first, learnable_patches(40, 0).images[0])
+
+
+def shard_of(folder: Path, split: str = "val") -> Callable[[], object]:
+    dataset = PreparedDataset.open(folder)
+    return lambda: dataset.read_shard(dataset.shards(split)[0])
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "text"])
+def test_a_shard_that_cannot_be_read_is_one_line_that_names_verify(folder: Path, damage: str) -> None:
+    path = folder / "val" / "part-00000.parquet"
+    data = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes({"empty": b"", "cut": data[:-100], "text": b"hello"}[damage])
+    message = refusal(shard_of(folder))
+    assert message.startswith(f"{path}: cannot be read (")
+    assert message.endswith("`sentinode verify` checks the whole data set")
+
+
+def test_a_shard_with_another_number_of_rows_is_refused(folder: Path) -> None:
+    rewrite(folder, "val/part-00000.parquet", lambda table: table.slice(0, 19))
+    assert refusal(shard_of(folder)).endswith("part-00000.parquet: 19 rows, but dataset.json says 20")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda table: table.drop_columns("group"), "cannot be read (No match for FieldRef.Name(group)"),
+        (lambda table: table.set_column(4, "image", [[b"123"] * 20]), "column image is of type binary, not fixed_size_binary[27648]"),
+        (lambda table: table.set_column(1, "label", [["0"] * 20]), "column label is of type string, not int8"),
+        (lambda table: table.set_column(2, pa.field("group", pa.string()), pa.nulls(20, pa.string())), "nulls in column group"),
+        (lambda table: table.set_column(4, pa.field("image", pa.binary(27_648)), pa.nulls(20, pa.binary(27_648))), "nulls in column image"),
+    ],
+)
+def test_a_shard_of_another_shape_is_refused(folder: Path, edit: Callable[[pa.Table], pa.Table], message: str) -> None:
+    rewrite(folder, "val/part-00000.parquet", edit)
+    assert message in refusal(shard_of(folder))
+
+
+def test_without_a_fold_the_splits_train_and_validate(original: PreparedDataset) -> None:
+    train, val = original.read_train_and_val(None)
+    assert (len(train), len(val)) == (40, 20)
+
+
+def test_a_fold_validates_on_its_rows_and_trains_on_the_other_folds(original: PreparedDataset) -> None:
+    fold_of = dict(zip(original.index["id"].to_pylist(), original.index["fold"].to_pylist(), strict=True))
+    everyone: list[str] = []
+    for fold in range(3):
+        train, val = original.read_train_and_val(fold)
+        assert {fold_of[id_] for id_ in val.ids.tolist()} == {fold}
+        assert {fold_of[id_] for id_ in train.ids.tolist()} == {0, 1, 2} - {fold}
+        assert not set(train.groups) & set(val.groups)
+        assert len(train) + len(val) == 60, "train and val rows, and none of test"
+        everyone.extend(val.ids.tolist())
+    assert len(everyone) == len(set(everyone)) == 60
+
+
+def test_a_fold_that_does_not_exist_is_refused(original: PreparedDataset, folder: Path) -> None:
+    assert refusal(lambda: original.read_train_and_val(3), UsageError) == f"{original.path}: no fold 3; it has folds 0 to 2"
+    edit_manifest(folder, lambda content: content["split"].update(folds=None))
+    message = refusal(lambda: PreparedDataset.open(folder).read_train_and_val(0), UsageError)
+    assert message == f"{folder}: no fold 0; it was prepared without folds"
+
+
+def test_a_fold_without_rows_is_refused(folder: Path) -> None:
+    edit_manifest(folder, lambda content: content["split"].update(folds=4))
+    message = refusal(lambda: PreparedDataset.open(folder).read_train_and_val(3), UsageError)
+    assert message == f"{folder}: fold 3 leaves 60 rows to train on and 0 to validate on"
+
+
+def test_an_index_that_lacks_rows_is_refused(folder: Path) -> None:
+    rewrite(folder, "index.parquet", lambda table: table.slice(5))
+    assert "index.parquet: rows of the shards are missing" in refusal(lambda: PreparedDataset.open(folder).read_train_and_val(0))
+
+
+@pytest.mark.parametrize("damage", ["missing", "text"])
+def test_an_index_that_cannot_be_read_is_one_line(folder: Path, damage: str) -> None:
+    (folder / "index.parquet").unlink()
+    if damage == "text":
+        (folder / "index.parquet").write_bytes(b"hello")
+    assert refusal(lambda: PreparedDataset.open(folder).read_train_and_val(0)).startswith(f"{folder / 'index.parquet'}: cannot be read (")
+
+
+def test_taking_rows_and_joining_them_keeps_rows_together() -> None:
+    rows = learnable_patches(9, side_px=8)
+    chosen = rows.take(np.array([8, 0, 3]))
+    assert chosen.ids.tolist() == [rows.ids[8], rows.ids[0], rows.ids[3]]
+    np.testing.assert_array_equal(chosen.images[0], rows.images[8])
+    mask = rows.labels == 1
+    joined = concatenate([rows.take(mask), rows.take(~mask)])
+    assert sorted(joined.ids) == sorted(rows.ids)
+    assert joined.labels.tolist() == [1] * int(mask.sum()) + [0] * int((~mask).sum())
+    chosen.images[:] = 0
+    assert rows.images.any(), "taking made no copy"
+
+
+def test_a_whole_data_set_has_no_problems(original: PreparedDataset) -> None:
+    assert original.verify() == []
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["train/part-00000.parquet", "test/part-00000.parquet", "index.parquet"])
+def test_a_missing_a_cut_and_a_flipped_file_are_found(folder: Path, name: str) -> None:
+    size = (folder / name).stat().st_size
+    flip_a_bit(folder / name)
+    assert PreparedDataset.open(folder).verify() == [f"{name}: sha256 differs"]
+    (folder / name).write_bytes((folder / name).read_bytes()[:-1])
+    assert PreparedDataset.open(folder).verify() == [f"{name}: {size - 1} bytes, expected {size}"]
+    (folder / name).unlink()
+    assert PreparedDataset.open(folder).verify() == [f"{name}: missing"]
+
+
+def test_every_damaged_file_is_listed(folder: Path) -> None:
+    flip_a_bit(folder / "train" / "part-00000.parquet")
+    (folder / "index.parquet").unlink()
+    assert PreparedDataset.open(folder).verify() == ["train/part-00000.parquet: sha256 differs", "index.parquet: missing"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        (lambda content: content["counts"]["val"].update(rows=21), "val: shards hold 20 rows, counts say 21"),
+        (lambda content: content["counts"]["val"].update(normal=13), "val: index.parquet holds 12 normal, counts say 13"),
+        (lambda content: content["counts"]["val"].update(metastatic=0), "val: index.parquet holds 8 metastatic, counts say 0"),
+        (lambda content: content["counts"]["val"].update(groups=9), "val: index.parquet holds 10 groups, counts say 9"),
+        (lambda content: content["counts"].pop("test"), "test: shards hold 10 rows, counts say 0"),
+        (lambda content: content["shards"].pop(), "index.parquet: 70 rows, shards hold 60"),
+        (lambda content: content["shards"][1].update(rows=19), "val/part-00000.parquet: 20 rows, dataset.json says 19"),
+        (lambda content: content["shards"][1].update(split="test"), "val: shards hold 0 rows, counts say 20"),
+        (lambda content: content.update(fingerprint="0" * 64), "index.parquet: does not give the fingerprint of dataset.json"),
+    ],
+)
+def test_a_manifest_that_its_files_contradict_is_found(folder: Path, edit: Callable[[dict[str, Any]], object], problem: str) -> None:
+    edit_manifest(folder, edit)
+    assert problem in PreparedDataset.open(folder).verify()
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        (lambda table: table.slice(0, 69), "index.parquet: 69 rows, shards hold 70"),
+        (lambda table: relabelled(table), "train: index.parquet holds 25 normal, counts say 24"),
+        (lambda table: relabelled(table), "index.parquet: does not give the fingerprint of dataset.json"),
+    ],
+)
+def test_an_index_that_was_rewritten_is_found_although_its_checksum_is_right(
+    folder: Path, edit: Callable[[pa.Table], pa.Table], problem: str
+) -> None:
+    rewrite(folder, "index.parquet", edit)
+    assert problem in PreparedDataset.open(folder).verify()
+
+
+def relabelled(index: pa.Table) -> pa.Table:
+    labels = index["label"].to_pylist()
+    labels[labels.index(1)] = 0
+    return index.set_column(1, index.schema.field("label"), pa.array(labels, pa.int8()))
+
+
+def index_of(*rows: dict[str, Any]) -> pa.Table:
+    defaults = dict.fromkeys(INDEX_SCHEMA.names) | {"group": "g", "shard": "s", "row": 0}
+    return pa.Table.from_pylist([defaults | row for row in rows], schema=INDEX_SCHEMA)
+
+
+def test_the_fingerprint_is_that_of_ids_labels_splits_and_pixels_in_the_order_of_ids() -> None:
+    a = {"id": "a", "label": 1, "split": "train", "pixel_sha1": "00"}
+    b = {"id": "b", "label": None, "split": "all", "pixel_sha1": "11"}
+    # printf 'a,1,train,00\nb,None,all,11\n' | sha256sum
+    assert fingerprint(index_of(a, b)) == "813d8f0f11d360f8d31d3e33a1fab93fab86d098401bb3bc43fa6569f69c3e56"
+    assert fingerprint(index_of(a, b)) == fingerprint(index_of(b, a))
+    assert fingerprint(index_of(a, b)) == fingerprint(index_of(a | {"group": "other", "slide": "s1", "row": 7}, b))
+    for change in ({"label": 0}, {"split": "val"}, {"pixel_sha1": "01"}, {"id": "c"}):
+        assert fingerprint(index_of(a | change, b)) != fingerprint(index_of(a, b))

@@ -1,0 +1,306 @@
+"""The loop in one process: what is minimised, what is recorded, when it stops, and that a restart changes nothing."""
+
+import copy
+import io
+import math
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from sentinode.augment import augment, draw
+from sentinode.config import AugmentConfig
+from sentinode.dataset import Patches
+from sentinode.errors import TrainingError, UsageError
+from sentinode.inference import network_logits
+from sentinode.metrics import roc_auc
+from sentinode.model import train_mode
+from sentinode.preprocess import normalise, resize, to_unit_nchw
+from sentinode.training import Learner, Progress, class_weight, rows_of_steps, train_epochs
+from tests.sentinode.training_helpers import PLAIN, config, network, patches, small_network, train, with_gradient_descent
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def make(depth: int = 1, **changes: Any) -> tuple[Learner, Any]:
+    settings = config(unfreeze_depth=depth, **changes)
+    return Learner.make(network(depth), settings), settings
+
+
+def that_never_learns(learner: Learner, settings: Any) -> Learner:
+    """The same learner, its optimiser and schedule looking after a parameter that is not in the network."""
+    idle = Learner.make(nn.Linear(1, 1), settings)
+    return Learner(learner.network, learner.module, idle.optimiser, idle.schedule)
+
+
+def logits_of(learner: Learner, rows: Patches, settings: Any) -> torch.Tensor:
+    """z of an eval-mode forward pass, (n, 2), without the code under test."""
+    batch = normalise(resize(to_unit_nchw(torch.from_numpy(rows.images.copy())), settings.input_size_px), settings.mean, settings.std)
+    learner.module.eval()
+    with torch.inference_mode():
+        return learner.module(batch)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch_size", [1, 2, 8, 32])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 7, 31, 32, 33, 64, 65, 257])
+def test_every_row_is_dealt_exactly_once(rows: int, batch_size: int, world_size: int) -> None:
+    ranks = [list(rows_of_steps(rows, batch_size, rank, world_size, seed=1, epoch=2)) for rank in range(world_size)]
+    assert {len(steps) for steps in ranks} == {math.ceil(rows / (batch_size * world_size))}, "ranks would wait for each other"
+    dealt = []
+    for step in zip(*ranks, strict=True):
+        mine = [own for own, _ in step]
+        for _, everyone in step:
+            np.testing.assert_array_equal(everyone, np.concatenate(mine))
+        sizes = [len(own) for own in mine]
+        assert max(sizes) <= batch_size
+        assert max(sizes) - min(sizes) <= 1
+        dealt.extend(np.concatenate(mine).tolist())
+    assert sorted(dealt) == list(range(rows))
+
+
+def test_only_the_last_step_is_smaller() -> None:
+    assert [len(step) for _, step in rows_of_steps(100, 8, 0, 3, 0, 0)] == [24, 24, 24, 24, 4]
+
+
+def test_the_order_follows_seed_and_epoch_and_not_the_number_of_ranks() -> None:
+    def order(seed: int, epoch: int, batch_size: int = 8, world_size: int = 1) -> list[int]:
+        return np.concatenate([step for _, step in rows_of_steps(50, batch_size, 0, world_size, seed, epoch)]).tolist()
+
+    assert order(1, 0) == order(1, 0) == order(1, 0, 4, 2) == order(1, 0, 2, 4)
+    assert order(1, 0) != order(1, 1)
+    assert order(1, 0) != order(2, 0)
+    assert order(1, 0) != list(range(50))
+
+
+def test_the_class_weight_is_the_ratio_of_the_rows_trained_on() -> None:
+    labels = np.array([0, 0, 0, 1, 1])
+    assert class_weight(labels, config()) == 1.5
+    assert class_weight(labels, config(class_weight=4)) == 4.0
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_one_class_cannot_be_trained_on(label: int) -> None:
+    rows = patches(12)
+    only = rows.take(rows.labels == label)
+    learner, settings = make()
+    counts = f"{len(only)} normal and 0" if label == 0 else f"0 normal and {len(only)}"
+    with pytest.raises(UsageError, match=f"training needs both classes; the rows hold {counts} metastatic patches"):
+        train(learner, only, rows, settings)
+    with pytest.raises(UsageError, match="both classes"):
+        train(learner, only, rows, config(class_weight=2.0))
+
+
+def test_only_what_is_thawed_changes() -> None:
+    learner, settings = make(depth=1)
+    before = state_of(learner.module)
+    train(learner, patches(20), patches(10, 1), settings)
+    for name, value in learner.module.state_dict().items():
+        assert torch.equal(value, before[name]) != name.startswith(("fc.", "layer4.")), name
+
+
+def test_the_recorded_losses_are_weighted_means_over_every_row() -> None:
+    rows, val = patches(21), patches(13, 1)
+    learner, settings = make(depth=0, batch_size=4, eval_batch_size=5, augment=PLAIN)
+    progress = train(that_never_learns(learner, settings), rows, val, settings)
+    record = progress.history[0]
+    weights = torch.tensor([1.0, class_weight(rows.labels, settings)])
+    expected = [functional.cross_entropy(logits_of(learner, part, settings), torch.from_numpy(part.labels), weights) for part in (rows, val)]
+    assert record["train_loss"] == pytest.approx(float(expected[0]), rel=1e-5)
+    assert record["val_loss"] == pytest.approx(float(expected[1]), rel=1e-5)
+    z = logits_of(learner, val, settings)
+    assert record["val_roc_auc"] == roc_auc(val.labels, (z[:, 1] - z[:, 0]).numpy())
+    assert (record["epoch"], record["rows"], record["learning_rate"]) == (0, 21, settings.learning_rate)
+
+
+def test_a_step_follows_the_gradient_of_the_weighted_mean_of_its_augmented_rows() -> None:
+    rows = patches(21)
+    settings = config(batch_size=8, augment=AugmentConfig(colour_jitter=0.3), unfreeze_depth=0)
+    learner, twin = (with_gradient_descent(Learner.make(network(0), settings)) for _ in range(2))
+    train(learner, rows, patches(6, 1), settings)
+    weights = torch.tensor([1.0, class_weight(rows.labels, settings)])
+    train_mode(twin.module)
+    for _, step in rows_of_steps(21, 8, 0, 1, settings.seed, 0):
+        seen = augment(to_unit_nchw(torch.from_numpy(rows.images[step])), draw(settings.seed, 0, 21)[torch.from_numpy(step)], settings.augment)
+        z = twin.module(normalise(seen, settings.mean, settings.std))
+        twin.optimiser.zero_grad()
+        functional.cross_entropy(z, torch.from_numpy(rows.labels[step]), weights).backward()
+        twin.optimiser.step()
+    for name, value in learner.module.state_dict().items():
+        torch.testing.assert_close(value, twin.module.state_dict()[name], atol=1e-6, rtol=1e-5, msg=name)
+    assert not torch.equal(learner.module.state_dict()["fc.weight"], network(0).state_dict()["fc.weight"])
+
+
+def test_a_last_step_of_one_row_trains_statistics_too() -> None:
+    # At 32 px the last stage sees one value per channel, and BatchNorm needs two.
+    learner, settings = make(depth=1, batch_size=8)
+    seen: list[torch.Tensor] = []
+    learner.module.get_submodule("layer4").register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    progress = train(learner, patches(17), patches(6, 1), settings)
+    assert progress.history[0]["rows"] == 17
+    assert all(torch.isfinite(value).all() for value in learner.module.state_dict().values() if value.is_floating_point())
+    first, second = seen[2]
+    assert not torch.equal(first, second), "a variance of nothing went into the statistics"
+
+
+def test_validation_is_the_forward_pass_of_every_other_verb() -> None:
+    learner, settings = make(depth=1)
+    val = patches(11, 1)
+    progress = train(learner, patches(16), val, settings)
+    learner.module.eval()
+    logits = network_logits(learner.module, val.images, input_size_px=32, mean=settings.mean, std=settings.std)
+    assert progress.history[0]["val_roc_auc"] == roc_auc(val.labels, logits)
+
+
+def test_the_network_learns_what_can_be_learnt() -> None:
+    settings = config(unfreeze_depth=5, epochs=4, batch_size=16)
+    learner = Learner.make(small_network(5, batch_norm=True), settings)
+    progress = train(learner, patches(160), patches(80, 1), settings)
+    assert progress.history[-1]["train_loss"] < 0.8 * progress.history[0]["train_loss"]
+    assert max(record["val_roc_auc"] for record in progress.history) > 0.85
+
+
+def test_the_rows_are_left_alone() -> None:
+    rows, val = patches(12), patches(6, 1)
+    for part in (rows, val):
+        part.images.setflags(write=False)  # as they lie in shared memory
+    before = rows.images.copy()
+    learner, settings = make()
+    train(learner, rows, val, settings)
+    np.testing.assert_array_equal(rows.images, before)
+
+
+def test_stopping_and_continuing_gives_bitwise_the_undisturbed_run() -> None:
+    rows, val = patches(21), patches(15, 1)
+    val = replace(val, labels=1 - val.labels)  # learning makes this worse, which sets the schedule to work
+    changes: dict[str, Any] = {"depth": 2, "epochs": 4, "lr_patience_epochs": 0, "learning_rate": 0.01}
+    undisturbed, settings = make(**changes)
+    whole = train(undisturbed, rows, val, settings)
+
+    saved: list[bytes] = []
+    first, _ = make(**changes)
+
+    class Killed(Exception):
+        pass
+
+    def checkpoint_then_die(now: Progress) -> None:
+        buffer = io.BytesIO()
+        torch.save({"weights": first.module.state_dict(), "learner": first.state(), "progress": asdict(now)}, buffer)
+        saved.append(buffer.getvalue())
+        if now.epochs_done == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_epochs(first, rows, val, settings, Progress(), checkpoint_then_die)
+
+    state = torch.load(io.BytesIO(saved[-1]), weights_only=True)
+    torch.manual_seed(987)  # whatever the new process draws must not matter
+    module = network(2, seed=987)
+    module.load_state_dict(state["weights"])
+    resumed = Learner.make(module, settings)
+    resumed.restore(state["learner"])
+    progress = train(resumed, rows, val, settings, Progress(**state["progress"]))
+
+    for name, value in undisturbed.module.state_dict().items():
+        assert torch.equal(value, resumed.module.state_dict()[name]), name
+    for ours, theirs in zip(undisturbed.optimiser.state.values(), resumed.optimiser.state.values(), strict=True):
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert undisturbed.schedule.state_dict() == resumed.schedule.state_dict()
+    assert [timeless(record) for record in progress.history] == [timeless(record) for record in whole.history]
+    assert (progress.best_epoch, progress.best_value) == (whole.best_epoch, whole.best_value)
+    assert len({record["learning_rate"] for record in whole.history}) > 1, "the schedule did nothing, so nothing of it was tested"
+
+
+def timeless(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "seconds"}
+
+
+def test_training_stops_when_validation_no_longer_improves() -> None:
+    learner, settings = make(depth=0, epochs=10, early_stopping_patience_epochs=2)
+    seen = []
+    progress = Progress()
+    train_epochs(that_never_learns(learner, settings), patches(8), patches(6, 1), settings, progress, lambda now: seen.append(now.epochs_done))
+    # Epoch 0 is the best; after two more without a better one it is over.
+    assert seen == [1, 2, 3]
+    assert progress.best_epoch == 0
+    train_epochs(learner, patches(8), patches(6, 1), settings, progress, lambda now: pytest.fail("went on after early stopping"))
+
+
+def test_a_plateau_halves_the_learning_rate_down_to_the_floor() -> None:
+    learner, settings = make(
+        depth=0, epochs=8, early_stopping_patience_epochs=None, lr_patience_epochs=1, lr_factor=0.5, lr_floor=3e-4, learning_rate=1e-3
+    )
+    progress = train(that_never_learns(learner, settings), patches(8), patches(6, 1), settings)
+    rates = [record["learning_rate"] for record in progress.history]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4, 5e-4, 3e-4, 3e-4, 3e-4])
+
+
+def test_without_epochs_the_initial_network_is_validated_once() -> None:
+    learner, settings = make(depth=1, epochs=0)
+    before = state_of(learner.module)
+    calls: list[Progress] = []
+    progress = Progress()
+    for _ in range(2):
+        train_epochs(learner, patches(10), patches(8, 1), settings, progress, lambda now: calls.append(copy.deepcopy(now)))
+    assert len(calls) == 1
+    assert (progress.epochs_done, progress.best_epoch) == (0, -1)
+    assert timeless(progress.history[0]).keys() == {"epoch", "train_loss", "val_loss", "val_roc_auc", "learning_rate", "rows"}
+    assert (progress.history[0]["epoch"], progress.history[0]["train_loss"], progress.history[0]["rows"]) == (-1, None, 0)
+    assert all(torch.equal(value, before[name]) for name, value in learner.module.state_dict().items())
+
+
+def test_a_training_loss_that_is_not_finite_ends_the_run_in_one_line() -> None:
+    learner, settings = make(depth=1, learning_rate=1e30)
+    with pytest.raises(TrainingError, match=r"epoch 1: the training loss is (nan|inf) at learning rate 1e\+30; lower it"):
+        train(learner, patches(24), patches(6, 1), settings)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_a_validation_loss_that_is_not_finite_ends_the_run_before_it_is_recorded() -> None:
+    learner, settings = make(depth=5)
+    learner.module.get_submodule("bn1").running_var.fill_(-1e9)  # train mode does not look at it
+    progress = Progress()
+    with pytest.raises(TrainingError, match=r"the validation loss is nan at learning rate 0\.001; lower it"):
+        train(learner, patches(16), patches(6, 1), settings, progress)
+    assert progress == Progress()
+
+
+def test_a_validation_split_of_one_class_has_no_area_but_a_loss() -> None:
+    learner, settings = make(depth=0)
+    val = patches(10, 1)
+    record = train(learner, patches(12), val.take(val.labels == 0), settings).history[0]
+    assert record["val_roc_auc"] is None
+    assert math.isfinite(record["val_loss"])
+
+
+def record(epoch: int, **values: Any) -> dict[str, Any]:
+    return {"epoch": epoch, "val_loss": 1.0, "val_roc_auc": 0.5} | values
+
+
+def test_the_best_epoch_has_the_smallest_loss_or_the_largest_area() -> None:
+    for metric, values, best in (
+        ("val_loss", [3.0, 1.0, 2.0, 1.0], 1),
+        ("val_roc_auc", [0.6, 0.9, 0.8, 0.9], 1),
+        ("val_roc_auc", [None, 0.7, None], 1),
+        ("val_roc_auc", [None, None], 0),
+    ):
+        progress = Progress()
+        for epoch, value in enumerate(values):
+            progress.add(record(epoch, **{metric: value}), metric)
+        assert (progress.best_epoch, progress.best_value) == (best, values[best])
+        assert progress.epochs_done == len(values)
+
+
+def test_a_run_is_over_by_count_or_by_patience() -> None:
+    assert not Progress(epochs_done=2, best_epoch=1).is_over(config(epochs=3))
+    assert Progress(epochs_done=3, best_epoch=2).is_over(config(epochs=3))
+    patient = config(epochs=100, early_stopping_patience_epochs=3)
+    assert not Progress(epochs_done=4, best_epoch=1).is_over(patient)
+    assert Progress(epochs_done=5, best_epoch=1).is_over(patient)
+    assert not Progress(epochs_done=50, best_epoch=1).is_over(config(epochs=100, early_stopping_patience_epochs=None))
