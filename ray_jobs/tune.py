@@ -69,9 +69,9 @@ def tune(config: SweepConfig, data: str | Path, out: str | Path, *, verbose: boo
     """
     dataset, folder = PreparedDataset.open(data), local_path(out)
     base = config.train_config({})
-    if base.weights != "none":
+    if "weights" not in config.space and base.weights != "none":
         build_model(base.arch, weights=base.weights)
-    elif _smallest_depth(config, base) < 5:
+    elif base.weights == "none" and _smallest_depth(config, base) < 5:
         say("warning: weights none with unfreeze_depth below 5 in the space: the frozen stages of those trials stay random")
     with exclusive(folder):
         request = RunRequest(folder, "tune", config, dataset.manifest.fingerprint)

@@ -80,6 +80,9 @@ def execute(run: Run, args: argparse.Namespace) -> int:
 
 
 def _as_interrupt(signum: int, frame: FrameType | None) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell starts background commands with SIGINT ignored; SIGTERM must end them all the same.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.raise_signal(signal.SIGINT)
 
 

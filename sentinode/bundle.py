@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from sentinode import CLASS_NAMES
@@ -97,12 +98,15 @@ class Bundle:
         Raises
         ------
         ManifestError
-            The file changed since the bundle was opened.
+            The file changed since the bundle was opened, or holds no tensors.
         """
         data = (self.path / WEIGHTS_FILE).read_bytes()
         if hashlib.sha256(data).hexdigest() != self.manifest.files[WEIGHTS_FILE]:
             raise ManifestError(f"{self.path / WEIGHTS_FILE}: sha256 differs from bundle.json")
-        return load(data)
+        try:
+            return load(data)
+        except SafetensorError as error:
+            raise ManifestError(f"{self.path / WEIGHTS_FILE}: no safetensors file ({error})") from error
 
 
 def digest_of(manifest: dict[str, Any]) -> str:

@@ -148,9 +148,12 @@ class PreparedDataset:
         table = self._read_table(shard, ["id", "label", "group", "image"])
         if table["label"].null_count:
             raise UsageError(f"{self.path / shard.path}: unlabelled rows; training and evaluation need labels")
+        labels = table["label"].to_numpy().astype(np.int64)
+        if not np.isin(labels, (0, 1)).all():
+            raise ManifestError(f"{self.path / shard.path}: labels other than 0 and 1")
         return Patches(
             ids=np.asarray(table["id"].to_pylist(), dtype=np.str_),
-            labels=table["label"].to_numpy().astype(np.int64),
+            labels=labels,
             groups=np.asarray(table["group"].to_pylist(), dtype=np.str_),
             images=column_to_images(table["image"], self.manifest.patch_size_px),
         )

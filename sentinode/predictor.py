@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from sentinode.bundle import Bundle
 from sentinode.config import Engine
-from sentinode.errors import PatchError, PatchErrorCode, UsageError
+from sentinode.errors import ManifestError, PatchError, PatchErrorCode, UsageError
 from sentinode.images import UInt8Array
 from sentinode.inference import network_logits
 from sentinode.manifests import BundleManifest
@@ -37,7 +37,10 @@ class Predictor:
         self.engine = "torch" if engine == "auto" else engine
         self.device = device
         self._model = build_model(self.manifest.arch, weights="none")
-        self._model.load_state_dict(bundle.read_weights())
+        try:
+            self._model.load_state_dict(bundle.read_weights())
+        except RuntimeError as error:
+            raise ManifestError(f"{bundle.path}: its weights are not those of a {self.manifest.arch}") from error
         self._model.eval().to(device)
 
     @classmethod

@@ -59,7 +59,7 @@ def test_the_report_counts_every_row_once_and_agrees_with_the_predictor(
 
 
 @pytest.mark.ray
-def test_a_damaged_shard_makes_no_report(ray_session: None, tmp_path: Path) -> None:
+def test_a_damaged_shard_makes_no_report_and_frees_its_actors(ray_session: None, tmp_path: Path, free_cpus: None) -> None:
     dataset = make_dataset(tmp_path / "data")
     shard = tmp_path / "data" / "test" / "part-00000.parquet"
     shard.write_bytes(shard.read_bytes()[:5000])

@@ -47,6 +47,7 @@ def test_another_config_in_the_same_folder_is_refused(trained: TrainResult, data
         train(TrainConfig(**(QUICK | {"learning_rate": 0.01}), workers=2), dataset.path, folder_of(trained))
 
 
+@pytest.mark.slow
 def test_a_run_with_the_same_seed_ends_with_the_same_digest(trained: TrainResult, dataset: PreparedDataset, tmp_path: Path, free_cpus: None) -> None:
     again = train(TrainConfig(**QUICK, workers=2), dataset.path, tmp_path / "again")
     assert again.bundle.manifest.digest == trained.bundle.manifest.digest

@@ -37,6 +37,21 @@ def test_sigterm_takes_the_road_of_ctrl_c() -> None:
     assert execute(wait_for_it, _arguments()) == 3
 
 
+def test_sigterm_ends_a_command_that_ignores_ctrl_c() -> None:
+    """As shells start background commands."""
+
+    def wait_for_it(args: argparse.Namespace) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+        return {}
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert execute(wait_for_it, _arguments()) == 3
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_json_is_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert execute(lambda args: {"rows": 3}, _arguments("--json")) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"rows": 3}

@@ -203,6 +203,13 @@ def test_swapped_weights_with_their_checksum_are_refused_too(folder: Path) -> No
     assert refusal(folder) == f"{folder}: bundle.json: digest does not match its fields"
 
 
+def test_weights_that_are_no_tensors_are_one_line_even_when_signed(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"other")
+    change(folder, lambda content: content["files"].update({"model.safetensors": hashlib.sha256(b"other").hexdigest()}), sign=True)
+    with pytest.raises(ManifestError, match=r"model\.safetensors: no safetensors file"):
+        Bundle.open(folder).read_weights()
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "model_card.md"])
 def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()

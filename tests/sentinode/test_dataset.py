@@ -143,6 +143,7 @@ def test_a_shard_with_another_number_of_rows_is_refused(folder: Path) -> None:
     [
         (lambda table: table.drop_columns("group"), "cannot be read (No match for FieldRef.Name(group)"),
         (lambda table: table.set_column(4, "image", [[b"123"] * 20]), "column image is of type binary, not fixed_size_binary[27648]"),
+        (lambda table: table.set_column(1, "label", [pa.array([2] * 20, pa.int8())]), "labels other than 0 and 1"),
         (lambda table: table.set_column(1, "label", [["0"] * 20]), "column label is of type string, not int8"),
         (lambda table: table.set_column(2, pa.field("group", pa.string()), pa.nulls(20, pa.string())), "nulls in column group"),
         (lambda table: table.set_column(4, pa.field("image", pa.binary(27_648)), pa.nulls(20, pa.binary(27_648))), "nulls in column image"),

@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 
 from sentinode.bundle import Bundle, write_bundle
 from sentinode.config import IMAGENET_MEAN, IMAGENET_STD, TrainConfig
-from sentinode.errors import PatchError, UsageError
+from sentinode.errors import ManifestError, PatchError, UsageError
 from sentinode.images import UInt8Array
 from sentinode.manifests import ReferenceStatistics, ThresholdRule
 from sentinode.predictor import Predictor
@@ -51,11 +51,10 @@ def formula_patches() -> UInt8Array:
     return np.round(128 + 100 * np.sin(0.11 * x * (1 + n) + 0.07 * y + 0.9 * c + n)).astype(np.uint8)
 
 
-@pytest.fixture(scope="module")
-def golden(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
-    bundle = write_bundle(
-        tmp_path_factory.mktemp("golden") / "bundle",
-        formula_weights(),
+def make_golden(out: Path, weights: dict[str, torch.Tensor]) -> Bundle:
+    return write_bundle(
+        out,
+        weights,
         config=TrainConfig(arch="resnet18", weights="none", unfreeze_depth=5, input_size_px=64),
         dataset=dataset_manifest(),
         temperature=1.25,
@@ -67,7 +66,11 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
             channel_mean=(0.7, 0.5, 0.7), channel_std=(0.2, 0.3, 0.2), positive_rate=0.4, review_rate=0.9, probability_deciles=[0.5] * 9
         ),
     )
-    return Predictor(bundle)
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    return Predictor(make_golden(tmp_path_factory.mktemp("golden") / "bundle", formula_weights()))
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +158,15 @@ def test_patches_of_another_shape_or_type_are_refused(predictor: Predictor, patc
     for ask in (predictor.logits, predictor.decide):
         with pytest.raises(PatchError, match=r"expected uint8 \(96, 96, 3\)"):
             ask(patches)
+
+
+def test_weights_that_are_not_those_of_the_architecture_are_one_line(tmp_path: Path) -> None:
+    weights = formula_weights()
+    del weights["layer1.0.bn1.weight"]
+    bundle = make_golden(tmp_path / "bundle", weights)
+    with pytest.raises(ManifestError) as caught:
+        Predictor.load(bundle.path)
+    assert str(caught.value) == f"{bundle.path}: its weights are not those of a resnet18"
 
 
 def test_an_engine_that_is_not_there_is_refused_instead_of_replaced(predictor: Predictor) -> None:
