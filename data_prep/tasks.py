@@ -94,9 +94,3 @@ def _quiet_context() -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(context, name, value)
-
-
-def _one_line(error: RayError) -> str:
-    """Return the last line of the worker's traceback, which names the error; what follows it is Ray's."""
-    lines = str(error).partition("The above exception was the direct cause")[0].strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__

@@ -100,7 +100,7 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
     if args.new_key:
         return _new_key(args.new_key)
     config = config_from(args, ServeConfig, **({"bundle": args.bundle} if args.bundle else {}))
-    from ray_jobs.cluster import connected
+    from ray_jobs.cluster import Need, check_capacity, connected
     from serve.app import ServeArgs, build_app
     from serve.local import run_local, usable_port
 
@@ -108,8 +108,9 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # Whatever is wrong with the arguments shows before Ray starts.
     application, port = build_app(ServeArgs(**config.model_dump())), usable_port(args.host, args.port)
-    # Fused replicas hold the model; split ones have an HTTP replica beside each, and Serve's controller and proxy want room.
-    with connected(2 * config.max_replicas, verbose=args.verbose):
+    ingress_cpus = config.cpus_per_ingress if config.topology == "split" else 0
+    with connected(config.max_replicas * (config.cpus_per_replica + ingress_cpus), verbose=args.verbose):
+        check_capacity(Need(config.min_replicas, config.cpus_per_replica, config.gpus_per_replica, config.min_replicas * ingress_cpus), "serve")
         try:
             run_local(
                 application,

@@ -1,11 +1,14 @@
 """The Ray that a verb runs on: a local one it starts itself, the one named by RAY_ADDRESS, or the one a job was submitted to."""
 
 import logging
+import math
 import os
 import secrets
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,11 +55,11 @@ class Need:
 
 
 @contextmanager
-def connected(need_workers: int, *, verbose: bool = False) -> Iterator[None]:
+def connected(need_cpus: float, *, verbose: bool = False) -> Iterator[None]:
     """Be connected to Ray inside the block; what is started here is stopped at its end.
 
     A Ray that we start listens on localhost, asks for a token of its own (nothing is written to the user's home) and has at least
-    `need_workers + 2` logical CPUs, so that driver, workers and ingest fit on a small machine.
+    `need_cpus + 2` logical CPUs, so that driver, workers and ingest fit on a small machine.
 
     Raises
     ------
@@ -66,6 +69,8 @@ def connected(need_workers: int, *, verbose: bool = False) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     noise: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
     if address:
@@ -75,7 +80,10 @@ def connected(need_workers: int, *, verbose: bool = False) -> Iterator[None]:
         except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
             raise UsageError(f"RAY_ADDRESS={address}: no Ray cluster can be reached there ({_first_line(error)})") from error
     else:
-        _start_local(need_workers, verbose, noise)
+        _start_local(need_cpus, verbose, noise)
+    if on_main_thread:
+        # ray.init() puts a handler of its own there that exits with code 15 and no word.
+        signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     finally:
@@ -84,7 +92,7 @@ def connected(need_workers: int, *, verbose: bool = False) -> Iterator[None]:
             del os.environ["RAY_ADDRESS"]
 
 
-def _start_local(need_workers: int, verbose: bool, noise: dict[str, Any]) -> None:
+def _start_local(need_cpus: float, verbose: bool, noise: dict[str, Any]) -> None:
     if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         # Ray then turns token authentication on by itself, and without a token at hand would write one to the user's home.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -98,7 +106,7 @@ def _start_local(need_workers: int, verbose: bool, noise: dict[str, Any]) -> Non
         with _standard_error_kept(verbose):
             ray.init(
                 address="local",
-                num_cpus=max(os.cpu_count() or 1, need_workers + 2),
+                num_cpus=max(os.cpu_count() or 1, math.ceil(need_cpus) + 2),
                 # Needed: Ray Train frees the workers of a stopped trial through the dashboard's state API.
                 include_dashboard=True,
                 dashboard_host=_LOCALHOST,
@@ -180,8 +188,18 @@ def check_capacity(need: Need, verb: str) -> None:
                 f"{verb} needs {wanted:g} {kind}s ({need.workers} workers x {per_worker:g}{beside}); "
                 f"the cluster has {have[kind]:g} and cannot add more"
             )
+    _check_one_worker_fits(need, verb)
     grows = _must_grow(need)
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_AUTOSCALED_START_TIMEOUT_S if grows else _START_TIMEOUT_S))
+
+
+def _check_one_worker_fits(need: Need, verb: str) -> None:
+    """A worker must fit one node, however much the nodes have together."""
+    if _configured_maximum():
+        return  # what the nodes to come are like is the autoscaler's to know
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(node.get("CPU", 0) >= need.cpus_per_worker and node.get("GPU", 0) >= need.gpus_per_worker for node in nodes):
+        raise CapacityError(f"{verb}: no node has room for one worker of {need.cpus_per_worker:g} CPUs and {need.gpus_per_worker:g} GPUs")
 
 
 def _must_grow(need: Need) -> bool:

@@ -9,9 +9,11 @@ Runs the very commands that it prints. A repeat skips what is complete. Everythi
 import argparse
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--source", metavar="DIR", help="folder in the Kaggle layout (default: synthetic patches)")
     parser.add_argument("--out", default="demo", metavar="DIR", help="where everything goes (default: demo)")
     args = parser.parse_args(argv)
+    # Ended by SIGTERM, it must still end the server.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     started = time.monotonic()
     folder = Path(args.out) / (Path(args.source).resolve().name if args.source else "synthetic")
     data, run, sweep, report = (folder / name for name in ("data", "run", "sweep", "report"))
@@ -63,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _server(serve) as url:
             _post_patches(url, data)
-    except RuntimeError as error:
+    except (RuntimeError, httpx.HTTPError, OSError) as error:
         print(f"sentinode: {error}", file=sys.stderr)
         return 1
     say(_summary(folder, data, run, sweep, report, bundle, time.monotonic() - started))
@@ -87,15 +91,25 @@ def _server(command: list[str]) -> Iterator[str]:
 
 
 def _wait_for_address(process: "subprocess.Popen[str]") -> str:
+    lines: queue.Queue[str | None] = queue.Queue()
+    output = process.stdout
+    assert output is not None
+
+    def read() -> None:
+        for line in output:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
     deadline = time.monotonic() + _SERVER_START_S
-    assert process.stdout is not None
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        if line.startswith("ready: "):
-            return line.split()[1]
-        if time.monotonic() > deadline:
-            break
-    raise RuntimeError(f"the endpoint did not start (exit code {process.poll()})")
+    try:
+        while (line := lines.get(timeout=max(0.0, deadline - time.monotonic()))) is not None:
+            print(line, end="", flush=True)
+            if line.startswith("ready: "):
+                return line.split()[1]
+    except queue.Empty:
+        raise RuntimeError(f"the endpoint was not ready within {_SERVER_START_S} s") from None
+    raise RuntimeError(f"the endpoint did not start (exit code {process.wait()})")
 
 
 def _post_patches(url: str, data: Path) -> None:

@@ -77,7 +77,15 @@ def evaluate(config: EvaluateConfig, bundle: str | Path, data: str | Path, out: 
 def _classify_shard(dataset: PreparedDataset, config: EvaluateConfig, predictor: Predictor, unit: int) -> pa.Table:
     patches = dataset.read_shard(dataset.shards(config.split)[unit])
     logits = predictor.logits(patches.images, config.batch_size)
-    return pa.table({"id": patches.ids.tolist(), "label": patches.labels, "group": patches.groups.tolist(), "logit": logits.astype(np.float64)})
+    return pa.table(
+        {
+            "id": patches.ids.tolist(),
+            "label": patches.labels,
+            "group": patches.groups.tolist(),
+            "logit": logits.astype(np.float64),
+            "engine": [predictor.engine] * len(patches),
+        }
+    )
 
 
 def _check_rows(table: pa.Table, dataset: PreparedDataset, split: str) -> None:
@@ -96,7 +104,7 @@ def make_report(table: pa.Table, bundle: Bundle, dataset: PreparedDataset, confi
     Parameters
     ----------
     table : pa.Table
-        Columns id, label, group, logit: each row of the split once, any order.
+        Columns id, label, group, logit, engine: each row of the split once, any order.
     """
     table = table.sort_by("id")
     manifest, data = bundle.manifest, dataset.manifest
@@ -114,7 +122,14 @@ def make_report(table: pa.Table, bundle: Bundle, dataset: PreparedDataset, confi
         headline=_headline(area.value, area.group_interval.low, area.group_interval.high, config.split, data.leak_level),
         warnings=_warnings(bundle, dataset, config.split),
         notice=RESEARCH_USE_NOTICE,
-        bundle={"path": str(bundle.path), "name": manifest.name, "version": manifest.version, "digest": manifest.digest, "arch": manifest.arch},
+        bundle={
+            "path": str(bundle.path),
+            "name": manifest.name,
+            "version": manifest.version,
+            "digest": manifest.digest,
+            "arch": manifest.arch,
+            "engine": table["engine"][0].as_py(),
+        },
         data={
             "path": str(dataset.path),
             "fingerprint": data.fingerprint,

@@ -84,6 +84,8 @@ def predict(config: PredictConfig, bundle: str | Path, source: str | Path, out: 
         units, total = -(-len(paths) // _FILES_PER_PART), len(paths)
         work = partial(_predict_files, paths, config.batch_size, staging)
     with exclusive(target), connected(config.workers, verbose=verbose):
+        if target.exists():  # another process may have finished it since
+            raise UsageError(f"{target} exists; remove it or use another --out")
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         summary = run_units(model.path, units, work, config, "predict", lambda done, all_: say(f"{done}/{all_} parts")).sort_by("part")

@@ -24,9 +24,15 @@ class RunRequest:
     verb: str
     config: Config
     data_fingerprint: str
+    data_folds: int | None
 
     def _fields(self) -> dict[str, Any]:
-        return {"verb": self.verb, "config": self.config.model_dump(mode="json"), "data_fingerprint": self.data_fingerprint}
+        return {
+            "verb": self.verb,
+            "config": self.config.model_dump(mode="json"),
+            "data_fingerprint": self.data_fingerprint,
+            "data_folds": self.data_folds,
+        }
 
     def check(self) -> None:
         """Check that the folder is free or belongs to this very request.
@@ -68,7 +74,8 @@ def open_finished_bundle(folder: Path) -> Bundle | None:
 
 
 def _difference(stored: Mapping[str, Any], request: Mapping[str, Any]) -> str | None:
-    for key in ("verb", "data_fingerprint"):
+    # The fingerprint is of rows and splits; the same rows may have been dealt to other folds.
+    for key in ("verb", "data_fingerprint", "data_folds"):
         if stored[key] != request[key]:
             return f"{key} {stored[key]}"
     old, new = stored["config"], request["config"]

@@ -7,8 +7,10 @@ Ends with <out>/bundle. Stopped in any way, the same command continues from the 
 """
 
 import argparse
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,7 +100,7 @@ def train(config: TrainConfig, data: str | Path, out: str | Path, *, verbose: bo
     elif config.unfreeze_depth < 5:
         say(f"warning: weights none with unfreeze_depth {config.unfreeze_depth}: the frozen stages stay random")
     with exclusive(folder):
-        request = RunRequest(folder, "train", config, dataset.manifest.fingerprint)
+        request = RunRequest(folder, "train", config, dataset.manifest.fingerprint, dataset.manifest.split.folds)
         request.check()
         finished = open_finished_bundle(folder)
         if finished is not None:
@@ -110,7 +112,10 @@ def train(config: TrainConfig, data: str | Path, out: str | Path, *, verbose: bo
             rows = load_rows(dataset, config)
             with following(lambda record: say(_describe_epoch(record, config))) as log:
                 _fit(config, dataset, folder, rows, use_gpu=use_gpu, log=log)
-            weights, progress = best_checkpoint(folder, config)
+            best = best_checkpoint(folder, config)
+            if best is None:
+                raise TrainingError(f"{folder}: the run left no checkpoint")
+            weights, progress = best
             bundle = finish(weights, rows, config, dataset, folder / "bundle", name=folder.name, use_gpu=use_gpu)
     return TrainResult(bundle, progress.history, already_complete=False)
 
@@ -123,18 +128,23 @@ def load_rows(dataset: PreparedDataset, config: TrainConfig) -> LoadedRows:
     SentinodeError
         The data set cannot be read, or lacks the split or fold.
     """
-    train_ref, val_ref, calibration_ref = _load_rows.options(num_returns=3).remote(dataset, config.fold, config.calibration_fraction, config.seed)
+    one_set = config.calibration_fraction == 0
+    task = _load_rows.options(num_returns=2 if one_set else 3)
+    train_ref, val_ref, *more = task.remote(dataset, config.fold, config.calibration_fraction, config.seed)
+    calibration_ref = val_ref if one_set else more[0]
     try:
-        ray.wait([train_ref], fetch_local=False)
+        # Fails where the task failed; only the small split travels to the driver.
         ray.get(calibration_ref)
-    except ray.exceptions.RayTaskError as error:
+    except ray.exceptions.RayError as error:
         raise task_error(error, "reading the data set") from error
     return LoadedRows(train_ref, val_ref, calibration_ref)
 
 
 @ray.remote(num_cpus=1)
-def _load_rows(dataset: PreparedDataset, fold: int | None, calibration_fraction: float, seed: int) -> tuple[Patches, Patches, Patches]:
+def _load_rows(dataset: PreparedDataset, fold: int | None, calibration_fraction: float, seed: int) -> tuple[Patches, ...]:
     rows, val = dataset.read_train_and_val(fold)
+    if calibration_fraction == 0:
+        return rows, val
     return rows, *split_calibration(val, calibration_fraction, seed)
 
 
@@ -160,8 +170,8 @@ def make_trainer(
             # One best is kept, and Ray Train never deletes the last.
             checkpoint_config=CheckpointConfig(
                 num_to_keep=1,
-                checkpoint_score_attribute=config.selection_metric,
-                checkpoint_score_order="min" if config.selection_metric == "val_loss" else "max",
+                checkpoint_score_attribute="improvement",
+                checkpoint_score_order="max",
             ),
             callbacks=list(callbacks),
         ),
@@ -172,12 +182,17 @@ def _fit(config: TrainConfig, dataset: PreparedDataset, folder: Path, rows: Load
     from ray.train import TrainingFailedError
 
     trainer = make_trainer(config, dataset, folder, rows, use_gpu=use_gpu, log=log)
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
         raise training_error(error, folder) from error
     except SystemExit as error:  # what Ray Train's own Ctrl-C handler ends with
         raise StoppedError(f"stopped; repeat the command to continue from the last epoch in {folder}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            # Ray Train leaves its handler behind, which would end the rest of this command with exit code 0.
+            signal.signal(signal.SIGINT, on_interrupt)
     if result.return_value:
         raise TrainingError(result.return_value)
 
@@ -193,7 +208,7 @@ def training_error(error: Exception, folder: Path) -> SentinodeError:
     return TrainingError(f"training failed: {one_line(root)} (checkpoints so far in {folder}; -v shows the traceback)")
 
 
-def task_error(error: ray.exceptions.RayTaskError, what: str) -> SentinodeError:
+def task_error(error: ray.exceptions.RayError, what: str) -> SentinodeError:
     """Turn the failure of a Ray task of ours into one line."""
     root = root_of(error)
     return root if isinstance(root, SentinodeError) else SentinodeError(f"{what} failed: {one_line(root)}")
@@ -237,7 +252,8 @@ def train_loop_per_worker(loop: dict[str, Any]) -> str | None:
                 _save(learner, now, Path(directory))
             torch.save(torch.get_rng_state(), Path(directory) / f"rng_rank{rank}.pt")
             metrics = {key: value for key, value in now.history[-1].items() if value is not None}
-            ray.train.report(metrics | {"best_value": now.best_value}, checkpoint=ray.train.Checkpoint.from_directory(directory))
+            metrics |= {"epochs_done": now.epochs_done, "improvement": now.improvement}
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(directory))
         if rank == 0 and loop["log"] is not None:
             loop["log"].add.remote(now.history[-1] | {"best_epoch": now.best_epoch})
 
@@ -266,23 +282,22 @@ def _restore(model: torch.nn.Module, directory: Path, rank: int) -> tuple[Progre
     return Progress(**state["progress"]), state
 
 
-def best_checkpoint(folder: Path, config: TrainConfig) -> tuple[dict[str, torch.Tensor], Progress]:
-    """Return the weights of the best epoch of a run, and its progress.
+def best_checkpoint(folder: Path, config: TrainConfig) -> tuple[dict[str, torch.Tensor], Progress] | None:
+    """Return the weights of the best epoch of a run and its progress; None where the run has no checkpoint yet.
 
     Raises
     ------
     TrainingError
-        The run has no checkpoint.
+        The checkpoint of the best epoch is gone.
     """
     from ray.train import Result
     from safetensors.torch import load_file
 
-    try:
-        kept = Result.from_path(str(folder)).best_checkpoints or []
-    except RuntimeError as error:
-        raise TrainingError(f"{folder}: the run has no checkpoint") from error
+    if not (folder / "checkpoint_manager_snapshot.json").exists():
+        return None
+    kept = Result.from_path(str(folder)).best_checkpoints or []
     if not kept:
-        raise TrainingError(f"{folder}: the run has no checkpoint")
+        return None
     last = max(kept, key=lambda item: item[1]["epoch"])
     state = torch.load(Path(last[0].path) / _STATE_FILE, map_location="cpu", weights_only=True)
     progress = Progress(**state["progress"])
@@ -299,7 +314,7 @@ def finish(
     task = _finish.options(num_cpus=config.cpus_per_worker, num_gpus=int(use_gpu))
     try:
         bundle: Bundle = ray.get(task.remote(weights, rows.calibration, config, dataset, out, name, "cuda" if use_gpu else "cpu"))
-    except ray.exceptions.RayTaskError as error:
+    except ray.exceptions.RayError as error:
         raise task_error(error, "making the bundle") from error
     return bundle
 

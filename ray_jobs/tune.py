@@ -74,7 +74,7 @@ def tune(config: SweepConfig, data: str | Path, out: str | Path, *, verbose: boo
     elif base.weights == "none" and _smallest_depth(config, base) < 5:
         say("warning: weights none with unfreeze_depth below 5 in the space: the frozen stages of those trials stay random")
     with exclusive(folder):
-        request = RunRequest(folder, "tune", config, dataset.manifest.fingerprint)
+        request = RunRequest(folder, "tune", config, dataset.manifest.fingerprint, dataset.manifest.split.folds)
         request.check()
         finished = open_finished_bundle(folder)
         if finished is not None:
@@ -90,14 +90,16 @@ def tune(config: SweepConfig, data: str | Path, out: str | Path, *, verbose: boo
             if best.value is None:
                 raise TrainingError(f"every trial failed; the first: {best.error or 'no epoch was finished'} (see {folder / 'trials'})")
             best_config = config.train_config(best.point)
-            weights, _ = best_checkpoint(folder / "trials" / best.trial_id, best_config)
+            kept = best_checkpoint(folder / "trials" / best.trial_id, best_config)
+            if kept is None:
+                raise TrainingError(f"{folder / 'trials' / best.trial_id}: the checkpoints of the best trial are gone")
             write_text_atomic(folder / "trials.csv", trials_table(trials).to_csv(index=False))
             write_text_atomic(folder / "best.yaml", best_yaml(best, best_config, config.metric))
             write_text_atomic(folder / "report.html", render(trials, config, dataset))
             # Last: a sweep with a bundle is complete.
             same_rows = _row_key(best_config) == _row_key(base)
             best_rows = rows if same_rows else load_rows(dataset, best_config)
-            bundle = finish(weights, best_rows, best_config, dataset, folder / "bundle", name=folder.name, use_gpu=use_gpu)
+            bundle = finish(kept[0], best_rows, best_config, dataset, folder / "bundle", name=folder.name, use_gpu=use_gpu)
     return TuneResult(bundle, trials, already_complete=False)
 
 
@@ -198,7 +200,8 @@ def _scheduler(config: SweepConfig, base: TrainConfig) -> Any:
     if not isinstance(config.scheduler, AshaConfig):
         return FIFOScheduler()
     return ASHAScheduler(
-        time_attr="training_iteration",
+        # Not Tune's own count of reports, which starts anew when a sweep is continued.
+        time_attr="epochs_done",
         max_t=max(base.epochs, config.scheduler.grace_period_epochs),
         grace_period=config.scheduler.grace_period_epochs,
         reduction_factor=config.scheduler.reduction_factor,
@@ -226,13 +229,12 @@ def _summary(result: Any, trials_folder: Path, config: SweepConfig) -> TrialSumm
     """Read a trial's epochs from its own last checkpoint: Tune keeps only what it saw in its last life."""
     point = dict(result.config or {})
     trial_id = Path(result.path).name
-    try:
-        _, progress = best_checkpoint(trials_folder / trial_id, config.train_config(point))
-    except TrainingError:
-        return TrialSummary(trial_id, point, [], None, None, one_line(root_of(result.error)) if result.error else "no epoch was finished")
-    return TrialSummary(
-        trial_id, point, progress.history, progress.best_epoch, progress.best_value, one_line(root_of(result.error)) if result.error else None
-    )
+    error = one_line(root_of(result.error)) if result.error else None
+    kept = best_checkpoint(trials_folder / trial_id, config.train_config(point))
+    if kept is None:
+        return TrialSummary(trial_id, point, [], None, None, error or "no epoch was finished")
+    progress = kept[1]
+    return TrialSummary(trial_id, point, progress.history, progress.best_epoch, progress.best_value, error)
 
 
 def best_yaml(best: TrialSummary, config: TrainConfig, metric: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from sentinode import RESEARCH_USE_NOTICE
 from sentinode.config import Config, ConfigT, load_config
-from sentinode.errors import ConfigError, SentinodeError, StoppedError
+from sentinode.errors import ConfigError, SentinodeError, StoppedError, one_line
 
 PRESETS = Path(__file__).parent / "presets"
 Run = Callable[[argparse.Namespace], dict[str, Any]]
@@ -72,6 +72,9 @@ def execute(run: Run, args: argparse.Namespace) -> int:
         return _report(error, error.exit_code, args.verbose)
     except KeyboardInterrupt:
         return _report(StoppedError("stopped; repeat the command to continue"), StoppedError.exit_code, args.verbose)
+    except Exception as error:
+        # A full disk, a lost node, a mistake of ours: one line all the same, and -v for the rest.
+        return _report(SentinodeError(f"{type(error).__name__}: {one_line(error)} (-v shows the traceback)"), 1, args.verbose, cause=error)
     finally:
         signal.signal(signal.SIGTERM, previous)
     if args.json:
@@ -86,10 +89,10 @@ def _as_interrupt(signum: int, frame: FrameType | None) -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-def _report(error: Exception, code: int, verbose: bool) -> int:
+def _report(error: Exception, code: int, verbose: bool, cause: Exception | None = None) -> int:
     print(f"sentinode: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     if verbose:
-        logger.error("traceback", exc_info=error)
+        logger.error("traceback", exc_info=cause or error)
     return code
 
 

@@ -307,6 +307,9 @@ class SweepConfig(Config):
         for key, instead in (("workers", "workers_per_trial"), ("selection_metric", "metric")):
             if key in self.base or key in self.space:
                 raise ValueError(f"{key} cannot be set per trial: use {instead}")
+        for key in ("use_gpu", "cpus_per_worker", "max_failures"):
+            if key in self.space:
+                raise ValueError(f"space.{key}: the same for all trials; set it in base")
         self._check_point({}, "base")
         for key, domain in self.space.items():
             if _is_set(self.base, key):

@@ -20,7 +20,7 @@ IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 _ALLOWED_SIGNATURES = (b"II*\x00", b"MM\x00*", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 _OTHER_SIGNATURES = {b"GIF8": "GIF", b"BM": "BMP", b"RIFF": "WebP", b"%PDF": "PDF", b"II+\x00": "BigTIFF", b"MM\x00+": "BigTIFF"}
 
-_MAX_SIDE = 4096
+_MAX_SIDE = 1024
 _BITS_PER_SAMPLE, _TILE_WIDTH, _TILE_LENGTH = 258, 322, 323
 
 # What Pillow's format plugins raise on damaged files, by fuzzing and by reading them; there is no common base class.
@@ -48,7 +48,7 @@ def decode_patch(data: bytes, *, size_px: int | None) -> UInt8Array:
     data : bytes
         A TIFF, PNG or JPEG file.
     size_px : int or None
-        Side that the image must have; None accepts any square-or-not image of 8 to 4096 pixels a side.
+        Side that the image must have; None accepts any square-or-not image of 8 to 1024 pixels a side.
 
     Returns
     -------
@@ -96,7 +96,7 @@ def _check_signature(data: bytes) -> None:
 
 
 def _expected(size_px: int | None) -> str:
-    return f"{size_px}x{size_px}" if size_px else "8 to 4096 pixels a side"
+    return f"{size_px}x{size_px}" if size_px else f"8 to {_MAX_SIDE} pixels a side"
 
 
 def _check_tiff(image: TiffImageFile, data: bytes) -> None:

@@ -34,6 +34,8 @@ def network_logits(
     for start in range(0, len(patches), batch_size):
         # A copy: patches often lie in read-only shared memory, which torch does not accept.
         batch = torch.tensor(patches[start : start + batch_size], device=device)
-        z = model(network_input(batch, input_size_px, mean, std))
+        # Without TF32, which cuDNN uses by default: a GPU's probabilities must equal a CPU's.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            z = model(network_input(batch, input_size_px, mean, std))
         parts.append((z[:, 1] - z[:, 0]).float().cpu().numpy())
     return np.concatenate(parts)

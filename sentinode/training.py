@@ -43,12 +43,23 @@ class Progress:
         The metric there.
     history : list of dict
         One record per epoch: epoch, train_loss, val_loss, val_roc_auc, learning_rate, rows.
+    improvements : int
+        How often an epoch was the best so far.
     """
 
     epochs_done: int = 0
     best_epoch: int | None = None
     best_value: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    improvements: int = 0
+
+    @property
+    def improvement(self) -> int:
+        """Score of the last epoch for keeping checkpoints: higher for each new best epoch, 0 for any other.
+
+        The metric itself does not serve: equal values would leave it to chance which of their checkpoints is kept.
+        """
+        return self.improvements if self.best_epoch == self.epochs_done - 1 else 0
 
     def add(self, record: dict[str, Any], metric: str) -> None:
         """Note one epoch."""
@@ -58,6 +69,7 @@ class Progress:
         better = value is not None and (self.best_value is None or (value < self.best_value if metric == "val_loss" else value > self.best_value))
         if better or self.best_epoch is None:
             self.best_epoch, self.best_value = record["epoch"], value
+            self.improvements += 1
 
     def is_over(self, config: TrainConfig) -> bool:
         """Whether no further epoch is due, by count or by early stopping."""

@@ -33,8 +33,12 @@ def check_serve_file(path: str | Path) -> None:
         _check_keys(content, ServeDeploySchema, "")
         _check_values(content, ServeDeploySchema, "")
         for index, application in enumerate(content["applications"]):
-            if application["import_path"] == IMPORT_PATH:
-                _check_own_application(application, f"applications[{index}]")
+            where = f"applications[{index}]"
+            import_path = application["import_path"]
+            if import_path == IMPORT_PATH:
+                _check_own_application(application, where)
+            elif import_path.partition(".")[0] == IMPORT_PATH.partition(".")[0]:
+                raise ConfigError(f"{where}.import_path: got {import_path!r}, expected {IMPORT_PATH}")
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 

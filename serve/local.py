@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import httpx
 from ray import serve as ray_serve
-from ray.serve.schema import LoggingConfig
+from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from sentinode.errors import SentinodeError, UsageError
 
@@ -41,16 +41,17 @@ def run_local(
     KeyboardInterrupt
         Passed on after Serve was shut down.
     """
+    if ray_serve.status().proxies:
+        # Joining it would ignore our host and port, and ending ours would end its applications.
+        raise UsageError("Ray Serve already runs on this Ray cluster; use `serve deploy serve/config.yaml` there, or unset RAY_ADDRESS")
     try:
         ray_serve.start(
             proxy_location="HeadOnly",
             http_options={"host": host, "port": port, "request_timeout_s": request_timeout_s + PROXY_SLACK_S},
             logging_config=LoggingConfig(encoding="JSON", enable_access_log=False),
         )
-        try:
-            ray_serve.run(application, blocking=False)
-        except RuntimeError as error:
-            raise SentinodeError(f"the endpoint did not start: {_reason(error)}") from error
+        # Without waiting: Serve itself would wait for ever for CPUs or GPUs that cannot come.
+        ray_serve.run_many([ray_serve.RunTarget(application)], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         url = f"http://{_for_url(host)}:{port}"
         _wait_until_ready(url)
         ready(url)
@@ -97,16 +98,16 @@ def _wait_until_ready(url: str) -> None:
                 last = f"status {response.status_code}"
             except httpx.HTTPError as error:
                 last = type(error).__name__
+            _raise_if_failed()
             threading.Event().wait(0.1)
     raise SentinodeError(f"the endpoint did not become ready within {START_TIMEOUT_S:g} s ({last})")
 
 
-def _reason(error: Exception) -> str:
-    """Return the one line that says why: Serve's own error names only the deployment, its status ends with the replica's traceback."""
-    messages: list[str] = [
-        deployment.message for application in ray_serve.status().applications.values() for deployment in application.deployments.values()
-    ]
-    for message in (*messages, str(error)):
-        if lines := [line.strip() for line in message.splitlines() if line.strip()]:
-            return lines[-1]
-    return type(error).__name__
+def _raise_if_failed() -> None:
+    """Raise where Serve has given up; its status ends with the replica's traceback, of which the last line says why."""
+    for application in ray_serve.status().applications.values():
+        if application.status not in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            continue
+        messages = [deployment.message for deployment in application.deployments.values()] + [application.message]
+        lines = [line.strip() for message in messages if message.strip() for line in message.strip().splitlines()[-1:]]
+        raise SentinodeError(f"the endpoint did not start: {lines[0] if lines else application.status}")

@@ -39,13 +39,11 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """A local Ray with four logical CPUs, shared by all tests that need one."""
-    import ray
+    """A local Ray with four logical CPUs, shared by all tests that need one, started as the verbs start theirs."""
+    from ray_jobs.cluster import connected
 
-    # With the dashboard: Train and Tune ask its state API whether workers are alive.
-    ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=False)
-    yield
-    ray.shutdown()
+    with connected(2):
+        yield
 
 
 @pytest.fixture

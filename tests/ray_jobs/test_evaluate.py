@@ -18,7 +18,7 @@ from tests.factories import make_bundle, make_dataset
 def _logits(dataset: PreparedDataset) -> pa.Table:
     rows = dataset.read_split("test")
     logits = np.random.default_rng(0).normal(rows.labels, 1.0)
-    return pa.table({"id": rows.ids.tolist(), "label": rows.labels, "group": rows.groups.tolist(), "logit": logits})
+    return pa.table({"id": rows.ids.tolist(), "label": rows.labels, "group": rows.groups.tolist(), "logit": logits, "engine": ["torch"] * len(rows)})
 
 
 def test_a_leaky_split_is_said_in_the_headline(dataset: PreparedDataset, tmp_path: Path) -> None:

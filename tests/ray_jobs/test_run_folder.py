@@ -7,8 +7,8 @@ from sentinode.config import TrainConfig
 from sentinode.errors import UsageError
 
 
-def _request(folder: Path, *, fingerprint: str = "a", verb: str = "train", **settings: object) -> RunRequest:
-    return RunRequest(folder, verb, TrainConfig(**settings), fingerprint)
+def _request(folder: Path, *, fingerprint: str = "a", folds: int | None = None, verb: str = "train", **settings: object) -> RunRequest:
+    return RunRequest(folder, verb, TrainConfig(**settings), fingerprint, folds)
 
 
 def test_a_free_folder_is_claimed_and_found_again(tmp_path: Path) -> None:
@@ -26,7 +26,12 @@ def test_what_does_not_change_the_result_may_change(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("other", "named"),
-    [({"epochs": 3}, "epochs was 15, now 3"), ({"fingerprint": "b"}, "data_fingerprint a"), ({"verb": "tune"}, "verb train")],
+    [
+        ({"epochs": 3}, "epochs was 15, now 3"),
+        ({"fingerprint": "b"}, "data_fingerprint a"),
+        ({"folds": 3}, "data_folds None"),
+        ({"verb": "tune"}, "verb train"),
+    ],
 )
 def test_another_run_is_refused_by_what_differs(tmp_path: Path, other: dict[str, object], named: str) -> None:
     _request(tmp_path / "run").claim()

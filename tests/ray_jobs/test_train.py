@@ -29,7 +29,9 @@ def test_the_run_keeps_the_best_and_the_last_checkpoint_only(trained: TrainResul
 
 
 def test_the_bundle_holds_the_weights_of_the_best_epoch(trained: TrainResult) -> None:
-    weights, progress = best_checkpoint(folder_of(trained), TrainConfig(**QUICK, workers=2))
+    kept = best_checkpoint(folder_of(trained), TrainConfig(**QUICK, workers=2))
+    assert kept is not None
+    weights, progress = kept
     stored = trained.bundle.read_weights()
     assert all(torch.equal(weights[name], stored[name]) for name in weights)
     losses = [record["val_loss"] for record in progress.history]

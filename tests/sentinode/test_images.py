@@ -84,7 +84,7 @@ def test_a_palette_is_looked_up(format: str) -> None:
     np.testing.assert_array_equal(decode_patch(encode(palette, format), size_px=96), np.asarray(palette.convert("RGB")))
 
 
-@pytest.mark.parametrize(("height", "width"), [(8, 8), (50, 70), (300, 4096)])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (50, 70), (300, 1024)])
 def test_any_size_is_taken_where_none_is_asked_for(height: int, width: int) -> None:
     pixels = np.resize(PIXELS, (height, width, 3))
     np.testing.assert_array_equal(decode_patch(encode(pixels), size_px=None), pixels)
@@ -139,7 +139,7 @@ def test_what_is_not_one_patch_of_8_bit_rgb_is_refused_with_its_reason(name: str
     assert refusal(data) is code
 
 
-@pytest.mark.parametrize(("height", "width"), [(7, 96), (96, 7), (96, 4097)])
+@pytest.mark.parametrize(("height", "width"), [(7, 96), (96, 7), (96, 1025), (1025, 96)])
 def test_sizes_have_bounds_even_where_any_is_taken(height: int, width: int) -> None:
     assert refusal(encode(np.zeros((height, width, 3), np.uint8)), None) is PatchErrorCode.WRONG_SIZE
 

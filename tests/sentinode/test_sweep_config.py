@@ -99,6 +99,7 @@ def test_the_grid_searcher_takes_grid_entries_only() -> None:
         ({"scheduler": "asha"}, "scheduler: got 'asha'"),
         ({"serchers": "grid"}, "unknown key serchers; did you mean searcher?"),
         ({"trials": 0}, "trials: got 0"),
+        ({"base": {"cpus_per_worker": 0}}, "base: cpus_per_worker: got 0"),
         ({"metric": "test_roc_auc"}, "metric: got 'test_roc_auc'"),
     ],
 )

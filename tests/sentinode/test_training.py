@@ -297,6 +297,14 @@ def test_the_best_epoch_has_the_smallest_loss_or_the_largest_area() -> None:
         assert progress.epochs_done == len(values)
 
 
+def test_each_new_best_epoch_scores_above_all_before_it_and_any_other_scores_nothing() -> None:
+    progress, scores = Progress(), []
+    for epoch, value in enumerate([3.0, 1.0, 2.0, 1.0, 0.5]):
+        progress.add(record(epoch, val_loss=value), "val_loss")
+        scores.append(progress.improvement)
+    assert scores == [1, 2, 0, 0, 3]
+
+
 def test_a_run_is_over_by_count_or_by_patience() -> None:
     assert not Progress(epochs_done=2, best_epoch=1).is_over(config(epochs=3))
     assert Progress(epochs_done=3, best_epoch=2).is_over(config(epochs=3))

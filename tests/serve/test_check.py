@@ -136,3 +136,10 @@ def test_split_admits_both_deployments(tmp_path: Path) -> None:
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         check_serve_file(tmp_path / "none.yaml")
+
+
+def test_a_mistyped_path_to_our_own_application_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("applications:\n  - {name: a, route_prefix: /, import_path: 'serve.app:buid_app', args: {bundel: x}}\n")
+    with pytest.raises(ConfigError, match=r"applications\[0\]\.import_path: got 'serve\.app:buid_app', expected serve\.app:build_app"):
+        check_serve_file(path)

@@ -1,7 +1,7 @@
 """The endpoint over real HTTP, on a real Ray."""
 
-import _thread
 import asyncio
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -161,7 +161,10 @@ def test_an_interrupt_ends_it(bundle: Path) -> None:
     """The way the command line stops it: KeyboardInterrupt in the main thread while it blocks."""
 
     def interrupt_soon(url: str) -> None:
-        threading.Thread(target=_thread.interrupt_main, daemon=True).start()
+        # A real signal to the main thread: interrupt_main() would not wake it.
+        main_thread = threading.main_thread().ident
+        assert main_thread is not None
+        threading.Thread(target=signal.pthread_kill, args=(main_thread, signal.SIGINT), daemon=True).start()
 
     with pytest.raises(KeyboardInterrupt):
         serve_locally(ServeConfig(bundle=str(bundle), auth="none"), interrupt_soon)
