@@ -25,11 +25,12 @@ from data_prep.output import PrepareRequest, belongs_to, is_complete, rejected_p
 from data_prep.overlap import Overlaps, connected_groups, find_overlaps, union
 from data_prep.rejects import DecodedPatch, Reject, check_all, count_reasons, write_rejects
 from data_prep.report import render_report
-from data_prep.shards import Placed, channel_statistics, class_weights, count_splits, fingerprint, place, shard_rows, write_index, write_shard
+from data_prep.shards import Placed, channel_statistics, class_weights, count_splits, place, shard_rows, write_index, write_shard
 from data_prep.splits import Dealt, deal
 from data_prep.spool import Spool, anchors_path
 from data_prep.tasks import Progress, run_tasks
 from sentinode.config import PrepareConfig
+from sentinode.dataset import fingerprint
 from sentinode.errors import ManifestError, ManifestNotFoundError, RejectedInputsError, SentinodeError, UsageError
 from sentinode.manifests import DATASET_FORMAT_VERSION, DatasetManifest, FileRecord, LeakLevel, ShardRecord, SplitReport, read_dataset_manifest
 from sentinode.storage import canonical_json, exclusive, file_record, local_path, publish, staging_path, write_json, write_text_atomic
@@ -144,7 +145,7 @@ def _work(request: PrepareRequest, staging: Path, out: Path, progress: Progress)
         raise UsageError(f"no patch falls to train with ratios {list(config.ratios)} and {len(accepted)} patches")
     placed = place(accepted, groups, dealt.split, dealt.fold, config.seed, config.rows_per_shard)
     shards = _write_shards(placed, spool, config, staging, progress)
-    write_index(staging / "index.parquet", placed)
+    index = write_index(staging / "index.parquet", placed)
     write_rejects(staging / "rejected.parquet", rejects)
     counts = count_splits(placed)
     mean, std = channel_statistics(placed, config.patch_size_px)
@@ -172,7 +173,7 @@ def _work(request: PrepareRequest, staging: Path, out: Path, progress: Progress)
         rejected=count_reasons(rejects),
         shards=shards,
         files=[FileRecord(**file_record(staging, name)) for name in ("index.parquet", "rejected.parquet")],
-        fingerprint=fingerprint(placed),
+        fingerprint=fingerprint(index),
         library_versions=library_versions(),
         git_commit=git_commit(),
     )

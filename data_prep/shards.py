@@ -133,8 +133,8 @@ def _row_group(rows: Sequence[Mapping[str, Any]], spool: Spool, schema: pa.Schem
     return pa.table({**columns, "image": pa.chunked_array(chunks, schema.field("image").type)}, schema=schema)
 
 
-def write_index(path: Path, placed: Iterable[Placed]) -> None:
-    """Write index.parquet (`sentinode.dataset.INDEX_SCHEMA`), rows sorted by id."""
+def write_index(path: Path, placed: Iterable[Placed]) -> pa.Table:
+    """Write index.parquet (`sentinode.dataset.INDEX_SCHEMA`), rows sorted by id, and return its rows."""
     rows = [
         {
             "id": item.patch.id,
@@ -153,13 +153,9 @@ def write_index(path: Path, placed: Iterable[Placed]) -> None:
         for item in sorted(placed, key=lambda item: item.patch.id)
     ]
     columns = {field.name: pa.array([row.get(field.name) for row in rows], field.type) for field in INDEX_SCHEMA}
-    pq.write_table(pa.table(columns, schema=INDEX_SCHEMA), path, compression="zstd")
-
-
-def fingerprint(placed: Iterable[Placed]) -> str:
-    """Return the SHA-256 over the lines `id,label,split,pixel_sha1` sorted by id: what the data set is, whatever it is stored as."""
-    lines = sorted((item.patch.id, f"{item.patch.id},{item.patch.label},{item.split},{item.patch.pixel_sha1}\n") for item in placed)
-    return hashlib.sha256("".join(line for _, line in lines).encode()).hexdigest()
+    index = pa.table(columns, schema=INDEX_SCHEMA)
+    pq.write_table(index, path, compression="zstd")
+    return index
 
 
 def count_splits(placed: Sequence[Placed]) -> dict[str, SplitCounts]:

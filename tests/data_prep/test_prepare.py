@@ -1,4 +1,5 @@
 import csv
+import html
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from data_prep.tasks import run_tasks
 from sentinode.config import PrepareConfig
 from sentinode.dataset import INDEX_SCHEMA, REJECTED_SCHEMA, PreparedDataset, row_schema
 from sentinode.errors import RejectedInputsError, SentinodeError, UsageError
+from sentinode.manifests import LEAK_MEANING
 from sentinode.storage import staging_path
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -70,7 +72,8 @@ def test_the_data_set_is_whole_and_nothing_else_is_left(prepared: PreparedDatase
     assert sum(split.rows for split in counts.values()) == 200
     assert [shard.rows for shard in prepared.manifest.shards if shard.split == "train"][:-1] == [50] * ((counts["train"].rows - 1) // 50)
     assert prepared.manifest.leak_level == "pixels"
-    assert "not shared slides" in prepared.manifest.split.notes[0]
+    assert "patches of one slide may stand in several splits" in LEAK_MEANING[prepared.manifest.leak_level]
+    assert LEAK_MEANING["pixels"] in html.unescape((prepared.path / "report.html").read_text())
     assert prepared.manifest.class_weights == {"normal": 1.0, "metastatic": counts["train"].normal / counts["train"].metastatic}
 
 
@@ -233,7 +236,7 @@ def test_splitting_by_slide_keeps_slides_together(source: Path, tmp_path: Path) 
 def test_a_random_split_carries_its_warning(source: Path, tmp_path: Path) -> None:
     manifest = prepare(CONFIG.model_copy(update={"split": "random"}), source, tmp_path / "out").manifest
     assert manifest.leak_level == "none"
-    assert "too good" in manifest.split.notes[0]
+    assert "too good" in LEAK_MEANING[manifest.leak_level]
     assert manifest.split.groups == 200
 
 
