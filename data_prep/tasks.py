@@ -85,7 +85,8 @@ def _call(batch: pa.Table, function: Callable[..., Any]) -> pa.Table:
 def _quiet_context() -> Iterator[None]:
     """Set what our data sets need, and put it back: the context belongs to the whole process."""
     context = ray.data.DataContext.get_current()
-    wanted = {"enable_progress_bars": False, "print_on_execution_start": False}
+    # With the original exception: Ray would otherwise bury a mistake of ours in a traceback.
+    wanted = {"enable_progress_bars": False, "print_on_execution_start": False, "raise_original_map_exception": True}
     before = {name: getattr(context, name) for name in wanted}
     try:
         for name, value in wanted.items():

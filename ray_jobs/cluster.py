@@ -19,6 +19,7 @@ import ray
 from sentinode.errors import CapacityError, UsageError
 
 _LOCALHOST = "127.0.0.1"
+_CONNECT_TIMEOUT_S = 10
 _START_TIMEOUT_S = 60
 # A cloud node takes minutes to boot and pull its image; Ray Train's own 60 s would give up on every cold start.
 _AUTOSCALED_START_TIMEOUT_S = 900
@@ -74,6 +75,7 @@ def connected(need_cpus: float, *, verbose: bool = False) -> Iterator[None]:
     noise: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
     if address:
+        _check_reachable(address)
         try:
             with _standard_error_kept(verbose):
                 ray.init(address=address, **noise)
@@ -90,6 +92,17 @@ def connected(need_cpus: float, *, verbose: bool = False) -> Iterator[None]:
         ray.shutdown()
         if not address:
             del os.environ["RAY_ADDRESS"]
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse an address where nothing listens; Ray itself would try for minutes."""
+    host, separator, port = address.rpartition(":")
+    if not separator or not port.isdigit() or "/" in host:
+        return  # auto, ray://…: Ray's to resolve
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"RAY_ADDRESS={address}: no Ray cluster can be reached there ({error})") from error
 
 
 def _start_local(need_cpus: float, verbose: bool, noise: dict[str, Any]) -> None:

@@ -15,8 +15,10 @@ import torch
 
 from ray_jobs.cluster import Need, check_capacity, wants_gpus
 from sentinode.config import EvaluateConfig, PredictConfig
-from sentinode.errors import SentinodeError, one_line, root_of
+from sentinode.errors import SentinodeError, UsageError, one_line, root_of
 from sentinode.predictor import Predictor
+
+_OUTCOME_SCHEMA = pa.schema([("unit", pa.int64()), ("result", pa.binary()), ("error", pa.string()), ("exit_code", pa.int64())])
 
 Work = Callable[[Predictor, int], pa.Table]
 """What is done with one unit: (predictor, number of the unit) -> rows of the result."""
@@ -31,8 +33,24 @@ class BundleActor:
         self._work = work
 
     def __call__(self, units: pa.Table) -> pa.Table:
-        """Do the units numbered in column `unit`."""
-        return pa.concat_tables([self._work(self._predictor, unit) for unit in units["unit"].to_pylist()])
+        """Do the units numbered in column `unit`; what fails comes back as a row too.
+
+        Raised, an error would leave Ray Data's actors, and their CPUs, taken until the driver's garbage collector finds the last reference.
+        """
+        rows: list[dict[str, Any]] = []
+        for unit in units["unit"].to_pylist():
+            try:
+                rows.append({"unit": unit, "result": _to_bytes(self._work(self._predictor, unit))})
+            except (SentinodeError, OSError) as error:
+                rows.append({"unit": unit, "error": one_line(error), "exit_code": getattr(error, "exit_code", 1)})
+        return pa.Table.from_pylist(rows, schema=_OUTCOME_SCHEMA)
+
+
+def _to_bytes(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
 
 
 def run_units(bundle: Path, units: int, work: Work, config: EvaluateConfig | PredictConfig, verb: str, show: Callable[[int, int], None]) -> pa.Table:
@@ -67,14 +85,23 @@ def run_units(bundle: Path, units: int, work: Work, config: EvaluateConfig | Pre
         num_cpus=config.cpus_per_worker,
         num_gpus=int(use_gpu),
     )
-    tables: list[Any] = []
-    done = 0
+    outcomes: dict[int, dict[str, Any]] = {}
+    rows = 0
     try:
-        for table in results.iter_batches(batch_size=None, batch_format="pyarrow"):
-            tables.append(table)
-            done += table.num_rows
-            show(done, units)
+        for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for outcome in batch.to_pylist():
+                if outcome["error"] is None:
+                    outcome["result"] = pa.ipc.open_stream(outcome["result"]).read_all()
+                    rows += outcome["result"].num_rows
+                outcomes[outcome["unit"]] = outcome
+            show(rows, units)
     except ray.exceptions.RayError as error:
         root = root_of(error)
         raise root if isinstance(root, SentinodeError) else SentinodeError(f"{verb} failed: {one_line(root)}") from error
-    return pa.concat_tables(tables)
+    if len(outcomes) != units:
+        raise SentinodeError(f"{verb} failed: {len(outcomes)} of {units} results came back")
+    for unit in range(units):
+        if outcomes[unit]["error"] is not None:
+            kind = UsageError if outcomes[unit]["exit_code"] == UsageError.exit_code else SentinodeError
+            raise kind(outcomes[unit]["error"])
+    return pa.concat_tables([outcomes[unit]["result"] for unit in range(units)])

@@ -71,6 +71,10 @@ class PatchError(SentinodeError):
         self.code = code
 
 
+# Ray Data appends advice of its own to the message of whatever a task raises.
+_RAY_DATA_ADVICE = "\nFailed to apply UDF transform after "
+
+
 def root_of(error: BaseException) -> BaseException:
     """Return what an error of another library was made from: the first SentinodeError among its causes, else the innermost cause.
 
@@ -79,12 +83,15 @@ def root_of(error: BaseException) -> BaseException:
     seen: list[BaseException] = []
     following: BaseException | None = error
     while following is not None and following not in seen:
-        if isinstance(following, SentinodeError):
-            return following
         seen.append(following)
+        if isinstance(following, SentinodeError):
+            break
         carried = getattr(following, "cause", None)
         following = carried if isinstance(carried, BaseException) else following.__cause__
-    return seen[-1]
+    root = seen[-1]
+    if root.args and isinstance(root.args[0], str):
+        root.args = (root.args[0].partition(_RAY_DATA_ADVICE)[0], *root.args[1:])
+    return root
 
 
 def one_line(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from tests.processes import ROOT
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_the_demo_runs_twice_writes_nothing_home_and_leaves_nothing_running(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()

@@ -13,6 +13,7 @@ HCD = os.environ.get("SENTINODE_HCD")
 pytestmark = [
     pytest.mark.real_data,
     pytest.mark.slow,
+    pytest.mark.timeout(1500),
     pytest.mark.ray,
     pytest.mark.skipif(not HCD, reason="SENTINODE_HCD names no folder of real patches"),
 ]

@@ -9,7 +9,7 @@ from ray_jobs.evaluate import evaluate, make_report, render
 from ray_jobs.train import TrainResult
 from sentinode.config import EvaluateConfig
 from sentinode.dataset import PreparedDataset
-from sentinode.errors import ManifestError, UsageError
+from sentinode.errors import UsageError
 from sentinode.manifests import read_report
 from sentinode.predictor import Predictor
 from tests.factories import make_bundle, make_dataset
@@ -63,7 +63,7 @@ def test_a_damaged_shard_makes_no_report_and_frees_its_actors(ray_session: None,
     dataset = make_dataset(tmp_path / "data")
     shard = tmp_path / "data" / "test" / "part-00000.parquet"
     shard.write_bytes(shard.read_bytes()[:5000])
-    with pytest.raises(ManifestError, match=r"test/part-00000.parquet: cannot be read"):
+    with pytest.raises(UsageError, match=r"test/part-00000.parquet: cannot be read"):
         evaluate(EvaluateConfig(), make_bundle(tmp_path / "bundle").path, dataset.path, tmp_path / "report")
     assert not (tmp_path / "report").exists()
 

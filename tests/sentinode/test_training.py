@@ -312,3 +312,12 @@ def test_a_run_is_over_by_count_or_by_patience() -> None:
     assert not Progress(epochs_done=4, best_epoch=1).is_over(patient)
     assert Progress(epochs_done=5, best_epoch=1).is_over(patient)
     assert not Progress(epochs_done=50, best_epoch=1).is_over(config(epochs=100, early_stopping_patience_epochs=None))
+
+
+@pytest.mark.parametrize("values", [[1.0, 1.0, 0.99], [0.5, 0.7, 0.7, 0.7], [0.9, None, 0.9], [None, None]])
+def test_the_best_epoch_alone_has_the_highest_score_for_being_kept(values: list[float | None]) -> None:
+    progress, scores = Progress(), []
+    for epoch, value in enumerate(values):
+        progress.add({"epoch": epoch, "val_roc_auc": value}, "val_roc_auc")
+        scores.append(progress.improvement)
+    assert [epoch for epoch, score in enumerate(scores) if score == max(scores)] == [progress.best_epoch]
