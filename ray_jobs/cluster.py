@@ -70,22 +70,17 @@ def connected(need_cpus: float, *, verbose: bool = False) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    on_main_thread = threading.current_thread() is threading.main_thread()
-    on_sigterm = signal.getsignal(signal.SIGTERM)
     noise: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _check_reachable(address)
         try:
-            with _standard_error_kept(verbose):
+            with _standard_error_kept(verbose), signal_handlers_kept():
                 ray.init(address=address, **noise)
         except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
             raise UsageError(f"RAY_ADDRESS={address}: no Ray cluster can be reached there ({_first_line(error)})") from error
     else:
         _start_local(need_cpus, verbose, noise)
-    if on_main_thread:
-        # ray.init() puts a handler of its own there that exits with code 15 and no word.
-        signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     finally:
@@ -116,7 +111,7 @@ def _start_local(need_cpus: float, verbose: bool, noise: dict[str, Any]) -> None
     port = _free_port()
     os.environ |= {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"{_LOCALHOST}:{port}"}
     try:
-        with _standard_error_kept(verbose):
+        with _standard_error_kept(verbose), signal_handlers_kept():
             ray.init(
                 address="local",
                 num_cpus=max(os.cpu_count() or 1, math.ceil(need_cpus) + 2),
@@ -138,6 +133,21 @@ def _free_port() -> int:
         probe.bind((_LOCALHOST, 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@contextmanager
+def signal_handlers_kept() -> Iterator[None]:
+    """Put the handlers of SIGINT and SIGTERM back after the block.
+
+    Ray leaves its own behind: `ray.init()` one that exits with code 15 and no word, Ray Train one that exits with 0, Tune one that ignores the first Ctrl-C.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 @contextmanager

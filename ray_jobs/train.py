@@ -7,10 +7,8 @@ Ends with <out>/bundle. Stopped in any way, the same command continues from the 
 """
 
 import argparse
-import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 import ray
 import torch
 
-from ray_jobs.cluster import Need, check_capacity, connected, wants_gpus
+from ray_jobs.cluster import Need, check_capacity, connected, signal_handlers_kept, wants_gpus
 from ray_jobs.progress import following
 from ray_jobs.run_folder import RunRequest, open_finished_bundle
 from ray_jobs.verb import add_common_arguments, config_from, main_of, say
@@ -182,17 +180,13 @@ def _fit(config: TrainConfig, dataset: PreparedDataset, folder: Path, rows: Load
     from ray.train import TrainingFailedError
 
     trainer = make_trainer(config, dataset, folder, rows, use_gpu=use_gpu, log=log)
-    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        result = trainer.fit()
+        with signal_handlers_kept():
+            result = trainer.fit()
     except TrainingFailedError as error:
         raise training_error(error, folder) from error
     except SystemExit as error:  # what Ray Train's own Ctrl-C handler ends with
         raise StoppedError(f"stopped; repeat the command to continue from the last epoch in {folder}") from error
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            # Ray Train leaves its handler behind, which would end the rest of this command with exit code 0.
-            signal.signal(signal.SIGINT, on_interrupt)
     if result.return_value:
         raise TrainingError(result.return_value)
 

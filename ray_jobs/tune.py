@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from ray_jobs.cluster import Need, capacity, check_capacity, connected, wants_gpus
+from ray_jobs.cluster import Need, capacity, check_capacity, connected, signal_handlers_kept, wants_gpus
 from ray_jobs.run_folder import RunRequest, open_finished_bundle
 from ray_jobs.sweep_report import TrialSummary, describe_point, rank, render, trials_table
 from ray_jobs.train import LoadedRows, best_checkpoint, finish, load_rows, make_trainer
@@ -167,7 +167,8 @@ def _search(config: SweepConfig, base: TrainConfig, dataset: PreparedDataset, fo
             ),
             run_config=ray_tune.RunConfig(name="sweep", storage_path=str(folder), callbacks=[progress], verbose=0),
         )
-    results = tuner.fit()
+    with signal_handlers_kept():
+        results = tuner.fit()
     if progress.unfinished:
         raise StoppedError(f"stopped with {progress.unfinished} trials unfinished; repeat the command to continue in {folder}")
     return [_summary(result, trials_folder, config) for result in results]
