@@ -139,7 +139,8 @@ def _free_port() -> int:
 def signal_handlers_kept() -> Iterator[None]:
     """Put the handlers of SIGINT and SIGTERM back after the block.
 
-    Ray leaves its own behind: `ray.init()` one that exits with code 15 and no word, Ray Train one that exits with 0, Tune one that ignores the first Ctrl-C.
+    Ray leaves its own behind: `ray.init()` one that exits with code 15 and no word, Ray Train one that exits with 0, Tune one that ignores the first
+    Ctrl-C.
     """
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
