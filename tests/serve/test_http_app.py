@@ -290,7 +290,7 @@ def test_openapi_carries_the_notice_and_problems(client: TestClient) -> None:
 
 
 def test_one_log_line_per_request_without_names_or_keys(build: Callable[..., FastAPI], caplog: pytest.LogCaptureFixture) -> None:
-    with TestClient(build(keys=("key-abc",))) as client, caplog.at_level(logging.DEBUG):
+    with TestClient(build(keys=("key-abc",))) as client, caplog.at_level(logging.DEBUG, logger="ray.serve.sentinode"):
         headers = {"X-API-Key": "key-abc", "X-Request-ID": "id-1"}
         post(client, good_tif(), headers=headers)
         post(client, b"GIF89a" + b"0" * 40, headers=headers)
