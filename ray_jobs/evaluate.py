@@ -27,7 +27,7 @@ from sentinode.bundle import Bundle
 from sentinode.config import EvaluateConfig
 from sentinode.dataset import PreparedDataset
 from sentinode.errors import ManifestError, SentinodeError, UsageError
-from sentinode.manifests import LEAK_MEANING, REPORT_FORMAT_VERSION, EvaluationReport
+from sentinode.manifests import LEAK_MEANING, REPORT_FORMAT_VERSION, Confusion, EvaluationReport
 from sentinode.metrics import operating_point, roc_auc_with_intervals
 from sentinode.predictor import Predictor
 from sentinode.probability import calibrated_probability
@@ -181,6 +181,10 @@ def render(report: EvaluationReport) -> str:
     return environment.get_template("report.html").render(report=report)
 
 
+def _counts(confusion: Confusion) -> str:
+    return ", ".join(f"{name.upper()} {count}" for name, count in confusion.model_dump().items())
+
+
 def _four(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
@@ -202,7 +206,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     say(report.headline)
     for name, point in (("bundle's threshold", report.at_threshold), ("threshold 0.5", report.at_half)):
         figures = "  ".join(f"{metric} {_four(getattr(point, metric).value)}" for metric in ("recall", "specificity", "precision", "accuracy", "f1"))
-        say(f"at {name} ({point.threshold:.4f}): {figures}  {point.confusion.model_dump()}")
+        say(f"at {name} ({point.threshold:.4f}): {figures}  {_counts(point.confusion)}")
     for warning in report.warnings:
         say(f"note: {warning}")
     say(f"report: {result.path / 'report.html'}")

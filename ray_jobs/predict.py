@@ -188,7 +188,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     predicted: Counter[str] = Counter()
     for part in result.manifest.parts:
         predicted.update(value or "error" for value in pq.read_table(result.path / part.path, columns=["prediction"])["prediction"].to_pylist())
-    say(f"{result.manifest.rows} predictions in {result.path}: {', '.join(f'{count} {name}' for name, count in sorted(predicted.items()))}")
+    say(f"{result.manifest.rows} inputs: {', '.join(f'{count} {name}' for name, count in sorted(predicted.items()))}\npredictions: {result.path}")
+    if result.manifest.errors:
+        say("column `error` says why an input could not be used")
     return {"predictions": str(result.path), "rows": result.manifest.rows, "errors": result.manifest.errors}
 
 

@@ -17,9 +17,10 @@ class SweepProgress(Callback):  # type: ignore[misc]
         Trials that had neither ended nor failed when the sweep did; 0 unless it was interrupted.
     """
 
-    def __init__(self, metric: str, say: Callable[[str], None]) -> None:
+    def __init__(self, metric: str, total: int, say: Callable[[str], None]) -> None:
         self.unfinished = 0
         self._metric = metric
+        self._total = total
         self._say = say
         self._best: float | None = None
 
@@ -34,7 +35,7 @@ class SweepProgress(Callback):  # type: ignore[misc]
         done = sum(other.is_finished() for other in trials)
         self._say(
             f"trial {trial.trial_id} ({describe_point(trial.config)}) epoch {result['epoch'] + 1}: "
-            f"{self._metric} {value:.4f}{'  best so far' if better else ''}  [{done} of {len(trials)} trials done]"
+            f"{self._metric} {value:.4f}{'  best so far' if better else ''}  [{done} of {self._total} trials done]"
         )
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

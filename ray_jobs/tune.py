@@ -9,6 +9,7 @@ command continues: finished trials are not repeated, running ones go on from the
 
 import argparse
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -145,7 +146,7 @@ def _search(config: SweepConfig, base: TrainConfig, dataset: PreparedDataset, fo
         ),
         {"CPU": _DRIVER_CPUS},
     )
-    progress = SweepProgress(config.metric, say)
+    progress = SweepProgress(config.metric, _number_of_trials(config), say)
     state = folder / "sweep"
     if ray_tune.Tuner.can_restore(str(state)):
         say("continuing the sweep")
@@ -172,6 +173,11 @@ def _search(config: SweepConfig, base: TrainConfig, dataset: PreparedDataset, fo
     if progress.unfinished:
         raise StoppedError(f"stopped with {progress.unfinished} trials unfinished; repeat the command to continue in {folder}")
     return [_summary(result, trials_folder, config) for result in results]
+
+
+def _number_of_trials(config: SweepConfig) -> int:
+    combinations = math.prod(len(domain.grid) for domain in config.space.values() if isinstance(domain, Grid))
+    return combinations * (config.trials if config.searcher == "random" else 1)
 
 
 def _trial_name(trial: Any) -> str:
