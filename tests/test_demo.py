@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -32,7 +34,14 @@ def test_the_demo_runs_twice_writes_nothing_home_and_leaves_nothing_running(tmp_
 
 
 def _still_running(marker: Path) -> list[str]:
-    """Processes that were started with the environment of this test, wherever they have gone since."""
+    """Processes that were started with the environment of this test, wherever they have gone since; Ray's may take seconds to end."""
+    deadline, poll = time.monotonic() + 30, threading.Event()
+    while (found := _started_with(marker)) and time.monotonic() < deadline:
+        poll.wait(0.5)
+    return found
+
+
+def _started_with(marker: Path) -> list[str]:
     found = []
     for process in psutil.process_iter():
         try:

@@ -28,4 +28,4 @@ def test_a_small_network_learns_something_real_in_three_epochs(ray_address: str,
     ):
         done = sentinode(*argv, "--json", ray_address=ray_address, timeout_s=1200)
         assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["roc_auc"] > 0.78
+    assert json.loads(done.stdout.splitlines()[-1])["roc_auc"] > 0.75
