@@ -530,7 +530,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _parse_yaml(text: str) -> Any:
-    """Parse YAML without running anything in it; ValueError of one line where it is malformed."""
+    """Parse YAML with a SafeLoader, which runs nothing in it; ValueError of one line where it is malformed."""
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, RecursionError) as error:
