@@ -2,7 +2,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
+from ray_jobs.cli import main as sentinode
 from ray_jobs.sweep_report import TrialSummary, rank
 from ray_jobs.tune import tune
 from sentinode.bundle import Bundle
@@ -40,7 +42,7 @@ def test_the_shipped_asha_sweep_searches_what_it_promises() -> None:
 
 @pytest.mark.ray
 def test_a_sweep_survives_a_failing_trial_frees_everything_and_is_not_repeated(
-    ray_session: None, dataset: PreparedDataset, tmp_path: Path, free_cpus: None
+    ray_session: None, dataset: PreparedDataset, tmp_path: Path, free_cpus: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = SweepConfig(
         space={"weights": {"grid": ["none", str(tmp_path / "none.safetensors")]}, "learning_rate": {"loguniform": [1e-4, 1e-2]}},
@@ -61,6 +63,10 @@ def test_a_sweep_survives_a_failing_trial_frees_everything_and_is_not_repeated(
 
     again = tune(config, dataset.path, tmp_path / "sweep")
     assert again.already_complete
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert sentinode(["tune", "--data", str(dataset.path), "--out", str(tmp_path / "sweep"), "--config", str(file)]) == 0
+    assert f"already complete: {tmp_path / 'sweep'}" in capsys.readouterr().out
     with pytest.raises(UsageError, match="seed was 42, now 1"):
         tune(config.model_copy(update={"seed": 1}), dataset.path, tmp_path / "sweep")
 
