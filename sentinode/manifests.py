@@ -10,24 +10,27 @@ from sentinode.config import ReviewRule, Rgb
 from sentinode.errors import ManifestError
 from sentinode.storage import local_path, read_manifest_json
 
-DATASET_FORMAT_VERSION = 1
+DATASET_FORMAT_VERSION = 2
+"""2 added `root`, overlaps.parquet and the split `all`. Version 1 is still read."""
 BUNDLE_FORMAT_VERSION = 1
 REPORT_FORMAT_VERSION = 1
 PREDICTIONS_FORMAT_VERSION = 1
 
-LeakLevel = Literal["slide", "pixels", "none"]
+LeakLevel = Literal["slide", "pixels", "none", "unsplit"]
 LEAK_MEANING: dict[LeakLevel, str] = {
     "slide": "No slide has patches in more than one split.",
     "pixels": (
         "No two patches of different splits share pixels; patches of one slide may stand in several splits, and intervals assume unrelated slides."
     ),
     "none": (
-        "LEAKY: patches were dealt at random, so neighbours of test patches were trained on. "
+        "LEAKY: nothing kept patches that share pixels, or lie side by side, out of different splits, so neighbours of test patches were trained on. "
         "Figures are too good and comparable only with others made so."
     ),
+    "unsplit": "One split, nothing dealt: whether these patches are strangers to those that a model was trained on is not known here.",
 }
 """What each leak level of a data set means for a reader of its figures."""
-SplitMethod = Literal["overlap", "slide", "random", "predefined"]
+SplitMethod = Literal["overlap", "slide", "random", "predefined", "all"]
+"""`all`: one split of that name, nothing dealt."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -84,7 +87,7 @@ class SplitReport(Manifest):
     multi_patch_groups: int
     largest_group_rows: int
     overlap_pairs: int | None
-    """Pairs of patches that share pixels; null where they were not searched for."""
+    """Pairs of patches that share pixels, listed in overlaps.parquet; null where they were not searched for."""
     notes: list[str]
     """What a reader of any number made from this data set must know, e.g. a skewed split and its reason."""
 
@@ -94,8 +97,10 @@ class DatasetManifest(Manifest):
 
     format_version: int
     created_at: str
+    root: str = ""
+    """Folder, relative to the manifest, that all paths below are relative to. Object stores, which cannot rename, get one per run."""
     source: dict[str, Any]
-    """Kind, paths and `inputs_sha256`, a digest of the labels file and of the listing of the images."""
+    """Kind, paths and `inputs_sha256`, a digest of the labels and of the listing of the images."""
     config: dict[str, Any]
     """The whole PrepareConfig."""
     counts: dict[str, SplitCounts]
@@ -115,9 +120,9 @@ class DatasetManifest(Manifest):
     """Reason -> refused inputs."""
     shards: list[ShardRecord]
     files: list[FileRecord]
-    """index.parquet, rejected.parquet, report.html."""
+    """index.parquet, rejected.parquet, report.html, and overlaps.parquet where overlaps were searched for."""
     fingerprint: Sha256
-    """SHA-256 over the lines `id,label,split,pixel_sha1` sorted by id."""
+    """SHA-256 over the lines `id,label,split,pixel_sha1` sorted by id; an unknown label is an empty field."""
     library_versions: dict[str, str]
     git_commit: str | None
 
