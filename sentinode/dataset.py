@@ -41,6 +41,17 @@ REJECTED_SCHEMA = pa.schema(
 )
 """Of rejected.parquet: one row per refused input."""
 
+OVERLAP_SCHEMA = pa.schema(
+    [
+        pa.field("first_id", pa.string(), nullable=False),
+        pa.field("second_id", pa.string(), nullable=False),
+        pa.field("dy_px", pa.int16(), nullable=False),
+        pa.field("dx_px", pa.int16(), nullable=False),
+    ]
+)
+"""Of overlaps.parquet: one row per pair of patches that share pixels, first_id < second_id. Pixel (y, x) of the second patch is pixel
+(y + dy_px, x + dx_px) of the first, wherever both exist; of several such offsets the one with the largest common part."""
+
 
 def row_schema(patch_size_px: int) -> pa.Schema:
     """Return the schema of a shard. `image` holds the raw pixels, uint8, RGB, height x width x channel; its shape is in the field's metadata."""
