@@ -84,7 +84,7 @@ class Source:
     @property
     def inputs(self) -> int:
         """Number of inputs, accepted so far or refused."""
-        return self.entries.num_rows + len(self.rejects)
+        return int(self.entries.num_rows) + len(self.rejects)
 
     @property
     def is_labelled(self) -> bool:
