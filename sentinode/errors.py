@@ -39,6 +39,10 @@ class TrainingError(SentinodeError):
     """Training could not go on: workers failed too often or the numbers stopped being finite."""
 
 
+class StorageError(SentinodeError):
+    """The storage does not answer, after retries. It may pass: repeating the command later continues. Exit code 1."""
+
+
 class StoppedError(SentinodeError):
     """Stopped by SIGTERM or Ctrl-C; repeating the command continues from the last checkpoint. Exit code 3."""
 

@@ -1,6 +1,6 @@
-"""Folders that are complete or do not exist: work goes to a staging folder, the manifest is written last, then one rename.
+"""Local folders that are complete or do not exist: work goes to a staging folder, the manifest is written last, then one rename.
 
-Only local paths (and mounted shared file systems) so far; every path of the project passes `local_path`, so object stores have one place to arrive.
+What may lie in an object store as well passes `sentinode.locations.locate` and `sentinode.publishing`; what must be local passes `local_path`.
 """
 
 import fcntl
@@ -8,12 +8,16 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sentinode.errors import ConfigError, ManifestError, ManifestNotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from sentinode.locations import Location
 
 
 def local_path(uri: str | os.PathLike[str]) -> Path:
@@ -34,7 +38,7 @@ def local_path(uri: str | os.PathLike[str]) -> Path:
         return Path(rest)
     if scheme == "file":
         raise ConfigError(f"{text}: expected file:///, then the rest of an absolute path")
-    raise ConfigError(f"{text}: {scheme}:// is not supported yet; use a local path or a mounted shared folder")
+    raise ConfigError(f"{text}: {scheme}:// is not supported yet for this; use a local path or a mounted shared folder")
 
 
 def staging_path(out: Path) -> Path:
@@ -105,15 +109,34 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def temporary_path(path: Path) -> Path:
+    """Return a name beside `path` that no other thread or process of this machine writes; what a killed one leaves matches `.*.tmp`."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+
+
 def write_text_atomic(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_bytes_atomic(path, text.encode())
+
+
+def write_bytes_atomic(path: Path, data: bytes, *, create_only: bool = False) -> None:
+    """Write a small file so that a reader sees the old content or the new, never a part.
+
+    Raises
+    ------
+    FileExistsError
+        With `create_only`: it exists. Of several writers at the same time one wins.
+    """
+    temporary = temporary_path(path)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        if create_only:
+            os.link(temporary, path)
+        else:
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -128,12 +151,12 @@ def canonical_json(content: Any) -> bytes:
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
 
 
-def read_manifest_json(folder: Path, name: str, what: str, newest: int) -> dict[str, Any]:
+def read_manifest_json(folder: "Path | Location", name: str, what: str, newest: int) -> dict[str, Any]:
     """Read `folder/name` and check its format version.
 
     Parameters
     ----------
-    folder : Path
+    folder : Path or Location
         The folder that `name` makes a `what`.
     name : str
         File name of the manifest.
@@ -148,10 +171,12 @@ def read_manifest_json(folder: Path, name: str, what: str, newest: int) -> dict[
         The file does not exist.
     ManifestError
         It is not a JSON object, or of a format version this program does not read.
+    StorageError
+        The storage does not answer.
     """
     path = folder / name
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes().decode())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ManifestNotFoundError(f"not a {what}: {folder} (no {name} there)") from error
     except (OSError, ValueError, RecursionError) as error:

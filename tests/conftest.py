@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import s3
+
 # Before anything imports Ray. A short path: Ray puts unix sockets below it, and those may have 107 characters at most.
 _RAY_FOLDER = tempfile.mkdtemp(prefix="sn-", dir="/tmp")
 os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -38,7 +40,31 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
+def s3_server() -> Iterator[s3.Server]:
+    """An S3 server on this machine, named by the environment so that processes started later find it too."""
+    with s3.serving() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def s3_folder(s3_server: s3.Server) -> Iterator[str]:
+    """URI of a folder in a new bucket."""
+    with s3.fresh_clients():
+        yield f"{s3_server.new_bucket()}/folder"
+
+
+@pytest.fixture
+def flaky_s3(s3_server: s3.Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.FlakyServer]:
+    """The same server behind a door that can be told to fail; clients made in the test go through it."""
+    with s3.serving_flaky() as flaky, s3.fresh_clients():
+        monkeypatch.setenv("AWS_ENDPOINT_URL", flaky.url)
+        yield flaky
+
+
+@pytest.fixture(scope="session")
+def ray_session(s3_server: s3.Server) -> Iterator[None]:
     """A local Ray with four logical CPUs, shared by all tests that need one, started as the verbs start theirs."""
     from ray_jobs.cluster import connected
 

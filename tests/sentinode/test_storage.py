@@ -64,7 +64,7 @@ def content_of(folder: Path) -> dict[str, str]:
 def test_a_path_that_is_not_local_is_refused_in_one_line(uri: str) -> None:
     with pytest.raises(ConfigError) as caught:
         local_path(uri)
-    assert str(caught.value) == f"{uri}: {uri.split(':')[0]}:// is not supported yet; use a local path or a mounted shared folder"
+    assert str(caught.value) == f"{uri}: {uri.split(':')[0]}:// is not supported yet for this; use a local path or a mounted shared folder"
 
 
 def test_local_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,382 @@
+"""A folder or file anywhere: on this machine, on a mounted shared file system, or in an object store (s3://, gs://, az://) through fsspec."""
+
+import errno
+import importlib.util
+import io
+import os
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+import fsspec
+
+from sentinode.errors import ConfigError, StorageError
+from sentinode.retries import store_meaning, store_waits, try_local, try_store
+from sentinode.storage import local_path, temporary_path, write_bytes_atomic
+
+_T = TypeVar("_T")
+
+# Scheme -> the package that fsspec needs for it, and how to get that.
+_PACKAGES = {
+    "s3": ("s3fs", "pip install 'sentinode[s3]'"),
+    "gs": ("gcsfs", "pip install gcsfs"),
+    "az": ("adlfs", "pip install adlfs"),
+    "abfs": ("adlfs", "pip install adlfs"),
+}
+_CONCURRENT_READS = 64
+_CONCURRENT_REMOVALS = 16
+_READ_AHEAD_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One name in a listing.
+
+    Attributes
+    ----------
+    name : str
+        Relative to the folder listed, with "/".
+    size : int
+        Bytes; 0 for folders.
+    stamp : str
+        Changes when the content does: modification time in ns locally, the store's tag elsewhere. "" for folders, "unreadable" for dangling links.
+    is_dir : bool
+    """
+
+    name: str
+    size: int
+    stamp: str
+    is_dir: bool = False
+
+
+@dataclass(frozen=True)
+class Location:
+    """A folder or file anywhere. Made by `locate`; travels between processes; `str()` gives the path or URI.
+
+    What every method may raise, besides what it says: FileNotFoundError, PermissionError or another OSError for what will not pass, and StorageError
+    for what may pass (time-outs, 5xx, refused connections) after retries.
+    """
+
+    uri: str
+    """An absolute path, or scheme://bucket/key without a slash at its end."""
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def __truediv__(self, name: str) -> "Location":
+        """Return what has this name, relative with "/", below this folder; the folder itself for ""."""
+        return Location(f"{self.uri.rstrip('/')}/{name.strip('/')}") if name else self
+
+    @property
+    def name(self) -> str:
+        """The last part of the path; "" for a whole bucket."""
+        return Path(self.uri).name if self.is_local else self.uri.partition("://")[2].partition("/")[2].rpartition("/")[2]
+
+    def with_name(self, name: str) -> "Location":
+        """Return a sibling; raises ConfigError for a whole bucket, which has none."""
+        if not self.name:
+            raise ConfigError(f"{self}: name a folder or a file in it")
+        return Location(self.uri[: -len(self.name)] + name)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a path of this machine."""
+        return "://" not in self.uri
+
+    @property
+    def local(self) -> Path:
+        """The path; raises ConfigError like `local_path` where it is not one."""
+        return local_path(self.uri)
+
+    def exists(self) -> bool:
+        """Tell whether there is a file, a folder, or in an object store anything below."""
+        return self._info() is not None
+
+    def is_dir(self) -> bool:
+        """Tell whether it is a folder; in an object store, whether anything lies below."""
+        info = self._info()
+        return info is not None and info[1]
+
+    def size(self) -> int:
+        """Return the bytes of a file; raises FileNotFoundError also for a folder."""
+        info = self._info()
+        if info is None or info[1]:
+            raise FileNotFoundError(errno.ENOENT, "No such file", self.uri)
+        return info[0]
+
+    def _info(self) -> tuple[int, bool] | None:
+        """Return (bytes, whether it is a folder), None if there is nothing."""
+        try:
+            if self.is_local:
+                status = try_local(self.uri, lambda: os.stat(self.uri))
+                return status.st_size, stat.S_ISDIR(status.st_mode)
+            info = self._ask(lambda files, path: files.info(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return int(info["size"] or 0), info["type"] == "directory"
+
+    def read_bytes(self) -> bytes:
+        """Return the whole content of a file."""
+        if self.is_local:
+            return try_local(self.uri, Path(self.uri).read_bytes)
+        return cast(bytes, self._ask(lambda files, path: files.cat_file(path)))
+
+    def read_many(self, names: Sequence[str]) -> list[bytes | OSError]:
+        """Return the whole content of many small files below this folder, in order, or why one of them has none.
+
+        In an object store 64 are read at a time. What concerns more than one file (refused access there, a storage that does not answer) is raised.
+        """
+        if self.is_local:
+            return [_content_or_error(self / name) for name in names]
+        results: list[bytes | OSError | None] = [None] * len(names)
+        waits, wanted = store_waits(), list(range(len(names)))
+        while True:
+            failure = None
+            for position, result in zip(wanted, self._read_together([self / names[position] for position in wanted]), strict=True):
+                meaning = store_meaning(result, (self / names[position]).uri) if isinstance(result, Exception) else result
+                if isinstance(meaning, (bytes, FileNotFoundError)):
+                    results[position] = meaning
+                elif isinstance(meaning, StorageError):
+                    failure = meaning
+                else:
+                    raise meaning
+            wanted = [position for position in wanted if results[position] is None]
+            if failure is None:
+                return cast(list[bytes | OSError], results)
+            wait = next(waits, None)
+            if wait is None:
+                raise failure
+            time.sleep(wait)
+
+    def _read_together(self, locations: Sequence["Location"]) -> Sequence[bytes | Exception]:
+        files = _files(self._scheme)
+        paths = [_path_in(files, location.uri) for location in locations]
+        # Without it s3fs asks for the size of each object first, which doubles the requests.
+        options = {"max_concurrency": 1} if self._scheme == "s3" else {}
+        nothing = [None] * len(paths)
+        return cast(
+            Sequence[bytes | Exception], files.cat_ranges(paths, nothing, nothing, on_error="return", batch_size=_CONCURRENT_READS, **options)
+        )
+
+    def open_input(self) -> BinaryIO:
+        """Open a file for reading, seekable; pyarrow.parquet and h5py take it. What is read whole is read faster with `read_bytes`."""
+        if self.is_local:
+            return try_local(self.uri, lambda: open(self.uri, "rb"))
+        raw = _ObjectFile(self, self.size())
+        return cast(BinaryIO, io.BufferedReader(raw, _READ_AHEAD_BYTES))
+
+    def entries(self, *, recursive: bool = False) -> list[Entry]:
+        """List a folder, sorted by name: its files and folders, or with `recursive` all files below it. One request lists a thousand objects.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is no such folder; in an object store, nothing below it.
+        NotADirectoryError
+            It is a file.
+        """
+        if self.is_local:
+            return sorted(_local_entries(self.uri, recursive), key=lambda entry: entry.name)
+        path, infos = self._ask(lambda files, path: (path, files.find(path, detail=True).values() if recursive else files.ls(path, detail=True)))
+        entries = [
+            Entry(info["name"][len(path) + 1 :], 0 if is_dir else int(info["size"]), "" if is_dir else _stamp_of(info), is_dir)
+            for info in infos
+            # Keys that end in "/" are markers that some tools write for folders.
+            if (is_dir := info["type"] == "directory") or not info["name"].endswith("/")
+        ]
+        if any(not entry.name for entry in entries) and len(entries) == 1:
+            raise NotADirectoryError(errno.ENOTDIR, "Not a folder", self.uri)
+        if not infos:
+            raise FileNotFoundError(errno.ENOENT, "No such folder, or nothing in it", self.uri)
+        return sorted((entry for entry in entries if entry.name), key=lambda entry: entry.name)
+
+    def write_bytes(self, data: bytes, *, create_only: bool = False) -> None:
+        """Write a whole file; a reader sees the old content or the new.
+
+        Raises
+        ------
+        FileExistsError
+            With `create_only`: it exists with other content. Of several writers at the same time one wins.
+        """
+        try:
+            if self.is_local:
+                Path(self.uri).parent.mkdir(parents=True, exist_ok=True)
+                try_local(self.uri, lambda: write_bytes_atomic(Path(self.uri), data, create_only=create_only))
+            else:
+                self._ask(lambda files, path: files.pipe_file(path, data, mode="create" if create_only else "overwrite"))
+        except FileExistsError:
+            # A put whose answer was lost is repeated and meets its own first attempt.
+            if self.read_bytes() != data:
+                raise
+
+    def put_file(self, source: Path) -> None:
+        """Copy a local file here."""
+        if self.is_local:
+            target = Path(self.uri)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = temporary_path(target)
+            try:
+                try_local(self.uri, lambda: shutil.copyfile(source, temporary))
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
+        else:
+            self._ask(lambda files, path: files.put_file(os.fspath(source), path))
+
+    def remove(self) -> None:
+        """Remove a file; nothing happens if there is none."""
+        try:
+            if self.is_local:
+                try_local(self.uri, lambda: os.unlink(self.uri))
+            else:
+                self._ask(lambda files, path: files.rm_file(path))
+        except FileNotFoundError:
+            pass
+
+    def remove_tree(self) -> None:
+        """Remove a folder and everything below it; nothing happens if there is none."""
+        if self.is_local:
+            if Path(self.uri).exists():
+                try_local(self.uri, lambda: shutil.rmtree(self.uri))
+            return
+        try:
+            entries = self.entries(recursive=True)
+        except FileNotFoundError:
+            return
+        self.remove_many([entry.name for entry in entries])
+
+    def remove_many(self, names: Sequence[str]) -> None:
+        """Remove files below this folder, several at a time; those that do not exist are no error."""
+        with ThreadPoolExecutor(_CONCURRENT_REMOVALS) as pool:
+            for _ in pool.map(lambda name: (self / name).remove(), names):
+                pass
+
+    @property
+    def _scheme(self) -> str:
+        return self.uri.partition("://")[0]
+
+    def _ask(self, action: Callable[[Any, str], _T]) -> _T:
+        """Run an action with the file system and the path in it, with retries."""
+
+        def run() -> _T:
+            files = _files(self._scheme)
+            return action(files, _path_in(files, self.uri))
+
+        return try_store(self.uri, run)
+
+
+def locate(uri: str | os.PathLike[str] | Location) -> Location:
+    """Return where a path or URI points; nothing is asked of any storage.
+
+    Raises
+    ------
+    ConfigError
+        For a scheme that is not supported or whose package is missing, an empty path, a URI without a bucket or with credentials in it.
+    """
+    if isinstance(uri, Location):
+        return uri
+    text = os.fspath(uri)
+    scheme, separator, rest = text.partition("://")
+    if not separator or scheme == "file":
+        return Location(os.fspath(local_path(text)))
+    if scheme not in _PACKAGES:
+        raise ConfigError(f"{text}: {scheme}:// is not supported; use a local path or one of {', '.join(f'{known}://' for known in _PACKAGES)}")
+    bucket, _, key = rest.partition("/")
+    user, at, _ = bucket.partition("@")
+    if at and ":" in user:
+        raise ConfigError(f"{scheme}://…: credentials do not belong in a URI; docs/storage.md says where they do")
+    if not bucket:
+        raise ConfigError(f"{text}: expected {scheme}://BUCKET/FOLDER")
+    package, command = _PACKAGES[scheme]
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"{scheme}:// needs {package}: {command}")
+    parts = [part for part in key.split("/") if part]
+    return Location("/".join([f"{scheme}://{bucket}", *parts]))
+
+
+def _files(scheme: str) -> Any:
+    """Return the fsspec file system, which keeps one client per process."""
+    if scheme != "s3":
+        return fsspec.filesystem(scheme, use_listings_cache=False)
+    # Both botocore and s3fs would retry, the attempts of the one times those of the other; one patience, ours, ends when it says.
+    client = {"retries": {"mode": "standard", "total_max_attempts": 1}, "max_pool_connections": _CONCURRENT_READS}
+    files = fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=client)
+    files.retries = 1
+    return files
+
+
+def _path_in(files: Any, uri: str) -> str:
+    return str(files._strip_protocol(uri))
+
+
+def _stamp_of(info: dict[str, Any]) -> str:
+    for name in ("ETag", "etag", "generation", "LastModified", "last_modified", "mtime"):
+        if info.get(name):
+            return str(info[name]).strip('"')
+    return ""
+
+
+def _content_or_error(location: Location) -> bytes | OSError:
+    try:
+        return location.read_bytes()
+    except OSError as error:
+        return error
+    except StorageError as error:
+        # A bad block is the fault of one file, a server that is gone is not.
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO:
+            return error.__cause__
+        raise
+
+
+def _local_entries(folder: str, recursive: bool, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Entry]:
+    status = try_local(folder, lambda: os.stat(folder))
+    if (identity := (status.st_dev, status.st_ino)) in above:
+        return  # a link to a folder that it lies in
+    with try_local(folder, lambda: os.scandir(folder)) as items:
+        for item in items:
+            name = prefix + item.name
+            if item.is_dir():
+                if recursive:
+                    yield from _local_entries(item.path, True, f"{name}/", above | {identity})
+                else:
+                    yield Entry(name, 0, "", is_dir=True)
+                continue
+            try:
+                found = item.stat()
+                yield Entry(name, found.st_size, str(found.st_mtime_ns))
+            except OSError:  # a dangling link: who reads it will say so
+                yield Entry(name, 0, "unreadable")
+
+
+class _ObjectFile(io.RawIOBase):
+    """An object as a seekable file; every read is one request for a range, with retries."""
+
+    def __init__(self, location: Location, size: int) -> None:
+        self._location, self._size, self._position = location, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence])
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        start, end = self._position, min(self._position + len(buffer), self._size)
+        if start >= end:
+            return 0
+        data = self._location._ask(lambda files, path: files.cat_file(path, start=start, end=end))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
