@@ -59,7 +59,7 @@ class Source:
     where : str
         The source as a path or URI.
     entries : pyarrow.Table
-        ENTRY_SCHEMA, sorted by id.
+        ENTRY_SCHEMA, in the order in which reading is cheapest. Sorted by id where there is a file per patch.
     rejects : tuple of Reject
         What could be refused without reading pixels.
     inputs_sha256 : str

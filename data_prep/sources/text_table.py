@@ -2,10 +2,9 @@
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from io import StringIO
 
-from sentinode.config import PrepareConfig
+from data_prep.sources.cells import Cells, find_columns, theirs_of
 from sentinode.errors import UsageError
 
 _DELIMITERS = (",", ";", "\t", "|")
@@ -15,35 +14,9 @@ _NOT_TEXT = {
     b"\x1f\x8b": "gzip-compressed",
     b"PAR1": "a Parquet file",
 }
-_SHOWN_COLUMNS = 12
 
 
-@dataclass(frozen=True)
-class TextTable:
-    """Columns of a delimited text file.
-
-    Attributes
-    ----------
-    lines : list of int
-        Line of the file that each row ends on, counted from 1.
-    columns : mapping of str to list of str
-        Our name of a column -> its values without surrounding spaces; "" where the row is too short. Optional columns that are absent have no key.
-    ragged : mapping of int to int
-        Row -> its number of fields, for the rows that have not `width` of them: their values may belong to other columns.
-    width : int
-        Number of fields of the header.
-    """
-
-    lines: list[int]
-    columns: Mapping[str, list[str]]
-    ragged: Mapping[int, int]
-    width: int
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-
-def read_text_table(data: bytes, name: str, required: Sequence[str], optional: Sequence[str], names: Mapping[str, str]) -> TextTable:
+def read_text_table(data: bytes, name: str, required: Sequence[str], optional: Sequence[str], names: Mapping[str, str]) -> Cells:
     """Read a text file with a header line, separated by `,` `;` tab or `|`.
 
     A byte order mark, CRLF, quotes, further columns (also an unnamed leading one), any column order and upper case in the header are accepted.
@@ -52,12 +25,8 @@ def read_text_table(data: bytes, name: str, required: Sequence[str], optional: S
     ----------
     data : bytes
         Content of the file.
-    name : str
-        Path of the file, for errors.
-    required, optional : sequence of str
-        Columns to read, by our names.
-    names : mapping of str to str
-        Our name of a column -> its name in the file, where the two differ.
+    name, required, optional, names
+        As in `find_columns`.
 
     Raises
     ------
@@ -65,8 +34,7 @@ def read_text_table(data: bytes, name: str, required: Sequence[str], optional: S
         The file is not text, has no such columns, or is malformed.
     """
     text = _decode(data, name)
-    theirs = {column: names.get(column, column).strip().casefold() for column in (*required, *optional)}
-    delimiter = _delimiter(text, set(theirs.values()))
+    delimiter = _delimiter(text, set(theirs_of((*required, *optional), names).values()))
     reader = csv.reader(StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     lines: list[int] = []
     ragged: dict[int, int] = {}
@@ -74,7 +42,7 @@ def read_text_table(data: bytes, name: str, required: Sequence[str], optional: S
         header = next((row for row in reader if any(map(str.strip, row))), None)
         if header is None:
             raise UsageError(f"{name}: empty; expected a header line with columns {', '.join(required)}")
-        places = _places(header, name, required, theirs, names)
+        places = find_columns(header, name, required, optional, names)
         columns: dict[str, list[str]] = {column: [] for column in places}
         targets = [(columns[column], place) for column, place in places.items()]
         for row in reader:
@@ -90,35 +58,7 @@ def read_text_table(data: bytes, name: str, required: Sequence[str], optional: S
                 values.append(row[place].strip())
     except csv.Error as error:
         raise UsageError(f"{name}: line {reader.line_num} is not CSV ({error})") from error
-    return TextTable(lines, columns, ragged, len(header))
-
-
-def column_names(config: PrepareConfig) -> dict[str, str]:
-    """Our name of a column -> its name in the files, where the configuration gives one."""
-    return {str(ours): theirs for ours, theirs in config.columns.items()}
-
-
-def check_columns(found: Sequence[str], name: str, required: Sequence[str], names: Mapping[str, str]) -> None:
-    """Raise UsageError with what was found, expected and can be done, unless each required column, and each that `names` maps, is there once."""
-    folded = [column.strip().casefold() for column in found]
-    absent = [column for column in required if folded.count(names.get(column, column).strip().casefold()) != 1]
-    if not absent:
-        return
-    shown = ", ".join(map(repr, found[:_SHOWN_COLUMNS])) + (", …" if len(found) > _SHOWN_COLUMNS else "")
-    wanted = [f"{names[column]!r} (columns.{column})" if column in names else column for column in required]
-    expected = " and ".join([", ".join(wanted[:-1]), wanted[-1]] if len(wanted) > 1 else wanted)
-    advice = " ".join(f"--set columns.{column}=NAME" for column in absent)
-    raise UsageError(f"{name}: columns {shown} found; expected {expected}, each once; if a column has another name: {advice}")
-
-
-def _places(header: list[str], name: str, required: Sequence[str], theirs: Mapping[str, str], names: Mapping[str, str]) -> dict[str, int]:
-    """Our name of each column that is there -> its place."""
-    header = [field.strip() for field in header]
-    folded = [field.casefold() for field in header]
-    # An optional column counts as required where it is there twice or the configuration names it.
-    needed = [column for column, wanted in theirs.items() if column in required or column in names or folded.count(wanted) > 1]
-    check_columns(header, name, needed, names)
-    return {column: folded.index(wanted) for column, wanted in theirs.items() if wanted in folded}
+    return Cells(name, lines, columns, ragged, len(header))
 
 
 def _decode(data: bytes, name: str) -> str:

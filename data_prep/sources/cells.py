@@ -1,0 +1,114 @@
+"""Columns of a file that describes the inputs, as text, whatever the file's format; finding them by name."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from data_prep.rejects import Reject, RejectReason
+from sentinode.config import PrepareConfig
+from sentinode.errors import UsageError
+
+_SHOWN_COLUMNS = 12
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Chosen columns of a file.
+
+    Attributes
+    ----------
+    name : str
+        What kind of file it is and where, for errors.
+    lines : sequence of int
+        Where each row is in the file, counted from 1.
+    columns : mapping of str to list of str
+        Our name of a column -> its values without surrounding spaces; "" where there is none. Optional columns that are absent have no key.
+    ragged : mapping of int to int
+        Row -> its number of fields, for the rows that have not `width` of them: their values may belong to other columns.
+    width : int
+        Number of fields of the header.
+    line_word : str
+        What `lines` counts.
+    """
+
+    name: str
+    lines: Sequence[int]
+    columns: Mapping[str, list[str]]
+    ragged: Mapping[int, int]
+    width: int
+    line_word: str = "line"
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def place(self, row: int) -> str:
+        """Return e.g. "line 7"."""
+        return f"{self.line_word} {self.lines[row]}"
+
+    def wrong_width(self, row: int) -> str:
+        """Return what to say of a ragged row."""
+        return f"{self.place(row)} has {self.ragged[row]} fields, the header {self.width}"
+
+    def whole_numbers(self, column: str, rows: Iterable[int]) -> list[int | None]:
+        """Return the values of some rows; raises UsageError naming the first that is no whole number."""
+        values, found = self.columns[column], []
+        for row in rows:
+            try:
+                # pandas writes 12.0 for 12 as soon as one number of the column is missing.
+                found.append(int(values[row].removesuffix(".0")) if values[row] else None)
+            except ValueError as error:
+                raise UsageError(f"{self.name}: {self.place(row)} has {column} {values[row][:40]!r}; expected a whole number") from error
+        return found
+
+    def refuse_if_all_labels_are_bad(self, rejects: Sequence[Reject]) -> None:
+        """Raise UsageError with the first reason where no row at all has a usable label: then it is not the labels that are wrong, but the file."""
+        bad = [reject for reject in rejects if reject.reason == RejectReason.BAD_LABEL]
+        if bad and len(bad) == len(self):
+            raise UsageError(f"{self.name}: none of its {len(self)} {self.line_word}s has a usable label; {bad[0].detail}")
+
+
+def column_names(config: PrepareConfig) -> dict[str, str]:
+    """Our name of a column -> its name in the files, where the configuration gives one."""
+    return {str(ours): theirs for ours, theirs in config.columns.items()}
+
+
+def find_columns(header: Sequence[str], name: str, required: Sequence[str], optional: Sequence[str], names: Mapping[str, str]) -> dict[str, int]:
+    """Find columns by name; upper and lower case are the same.
+
+    Parameters
+    ----------
+    header : sequence of str
+        Names of all columns.
+    name : str
+        The file, for errors.
+    required, optional : sequence of str
+        Columns to find, by our names.
+    names : mapping of str to str
+        Our name of a column -> its name in the file, where the two differ.
+
+    Returns
+    -------
+    dict of str to int
+        Our name -> place in the header, for those that are there.
+
+    Raises
+    ------
+    UsageError
+        A required one, or one that `names` maps, is not there, or one is there twice.
+    """
+    header = [field.strip() for field in header]
+    folded = [field.casefold() for field in header]
+    theirs = theirs_of((*required, *optional), names)
+    needed = [column for column, wanted in theirs.items() if column in required or column in names or folded.count(wanted) > 1]
+    absent = [column for column in needed if folded.count(theirs[column]) != 1]
+    if absent:
+        shown = ", ".join(map(repr, header[:_SHOWN_COLUMNS])) + (", …" if len(header) > _SHOWN_COLUMNS else "")
+        wanted = [f"{names[column]!r} (columns.{column})" if column in names else column for column in needed]
+        expected = " and ".join([", ".join(wanted[:-1]), wanted[-1]] if len(wanted) > 1 else wanted)
+        advice = " ".join(f"--set columns.{column}=NAME" for column in absent)
+        raise UsageError(f"{name}: columns {shown} found; expected {expected}, each once; if a column has another name: {advice}")
+    return {column: folded.index(wanted) for column, wanted in theirs.items() if wanted in folded}
+
+
+def theirs_of(columns: Sequence[str], names: Mapping[str, str]) -> dict[str, str]:
+    """Our name -> the file's, in lower case."""
+    return {column: names.get(column, column).strip().casefold() for column in columns}

@@ -1,0 +1,75 @@
+"""The layout of one folder per class: `normal/**/*.tif` and `metastatic/**/*.tif`, as image classifiers commonly read it."""
+
+from pathlib import PurePosixPath
+
+from data_prep.rejects import Reject, RejectReason
+from data_prep.sources.base import Source
+from data_prep.sources.entries import entry_table, inputs_digest
+from data_prep.sources.files import files_spec
+from data_prep.sources.listing import list_images, repeated, split_off_unwritable, stem_of
+from data_prep.sources.slides import files_of, read_slides
+from sentinode.config import PrepareConfig
+from sentinode.errors import UsageError
+from sentinode.locations import Location
+
+
+def open_class_folders(config: PrepareConfig, where: Location, *, slides: Location | None = None) -> Source:
+    """List both folders; no image is opened. An id is the path below its class folder, without suffix.
+
+    Parameters
+    ----------
+    config : PrepareConfig
+        `class_folders` names the folders of class 0 and 1.
+    where : Location
+        Folder that holds both. Images elsewhere in it are refused, since nothing says what they are.
+    slides : Location, optional
+        CSV file with columns `id,wsi`.
+
+    Raises
+    ------
+    UsageError
+        A class has no images, or the slides file is unusable.
+    """
+    prefixes = [_prefix(name) for name in config.class_folders]
+    if prefixes[0].startswith(prefixes[1]) or prefixes[1].startswith(prefixes[0]):
+        raise UsageError(f"class_folders {list(config.class_folders)}: one lies in the other")
+    slide_of, slides_content = read_slides(config, slides)
+    listing = list_images(where, recursive=True)
+    names, rejects = split_off_unwritable(listing.names)
+    found: tuple[list[str], list[str]] = ([], [])
+    for name in names:
+        label = next((label for label, prefix in enumerate(prefixes) if name.startswith(prefix)), None)
+        if label is None:
+            detail = f"lies in neither {config.class_folders[0]} nor {config.class_folders[1]}"
+            rejects.append(Reject(RejectReason.NO_LABEL, stem_of(name), name, detail))
+        else:
+            found[label].append(name)
+    for label, name in enumerate(config.class_folders):
+        if not found[label]:
+            raise UsageError(
+                f"source {where}: no images in its folder {name}; expected images of both classes, or --set class_folders=[normal, metastatic]"
+            )
+    paths = [*found[0], *found[1]]
+    labels = [0] * len(found[0]) + [1] * len(found[1])
+    ids = [stem_of(path[len(prefixes[label]) :]) for path, label in zip(paths, labels, strict=True)]
+    if several := repeated(ids):
+        detail = "several files have this id, in one of the folders or in both"
+        rejects += [Reject(RejectReason.DUPLICATE_ID, id_, path, detail) for id_, path in zip(ids, paths, strict=True) if id_ in several]
+        kept = [row for row, id_ in enumerate(ids) if id_ not in several]
+        ids, paths, labels = [ids[row] for row in kept], [paths[row] for row in kept], [labels[row] for row in kept]
+    return Source(
+        kind="class_folders",
+        where=str(where),
+        entries=entry_table(id=ids, label=labels, path=paths, slide=list(map(slide_of.get, ids))),
+        rejects=tuple(rejects),
+        inputs_sha256=inputs_digest([slides_content], listing.digest),
+        reader=files_spec(where),
+        files=files_of(slides=slides),
+    )
+
+
+def _prefix(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise UsageError(f"class_folders: {name!r} is no name of a folder inside the source")
+    return f"{path}/"

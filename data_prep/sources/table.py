@@ -1,0 +1,166 @@
+"""A table that names the images: CSV, TSV or Parquet with `path,label` and what else is known of each patch."""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+
+from data_prep.rejects import Reject, RejectReason
+from data_prep.sources.base import Source
+from data_prep.sources.cells import Cells, column_names
+from data_prep.sources.entries import entry_table, inputs_digest
+from data_prep.sources.files import files_spec, place_of, read_described
+from data_prep.sources.listing import repeated
+from data_prep.sources.parquet_table import read_parquet_table
+from data_prep.sources.slides import files_of, read_slides
+from data_prep.sources.text_table import read_text_table
+from sentinode.config import PrepareConfig
+from sentinode.errors import UsageError
+from sentinode.locations import Location, locate
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
+
+_OPTIONAL = ("id", "slide", "centre", "x_px", "y_px", "split")
+_SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+# Places that the user's own credentials open. A table from elsewhere must not make a cluster fetch addresses of its author's choice.
+_SCHEMES = ("file", "s3", "gs", "az", "abfs")
+
+
+def open_table(config: PrepareConfig, where: Location, *, slides: Location | None = None) -> Source:
+    """Read a table; no image is opened.
+
+    Parameters
+    ----------
+    config : PrepareConfig
+        With source `unlabelled` the column `label` need not exist and is not read.
+    where : Location
+        File with columns `path,label` and any of `id,slide,centre,x_px,y_px,split`. Paths are relative to its folder, absolute, or URIs. Without
+        `id`, the stem of the file's name is the id, or the path without suffix if some stems are equal.
+    slides : Location, optional
+        CSV file with columns `id,wsi`, where the table has no column `slide`.
+
+    Raises
+    ------
+    UsageError
+        The table cannot be read, or a value that decides where a patch lies or belongs is unusable; the line names file, line and value.
+    """
+    content = read_described(where, "table", "a CSV, TSV or Parquet file with columns path,label")
+    read = read_parquet_table if where.name.lower().endswith(".parquet") else read_text_table
+    required = ("path",) if config.source == "unlabelled" else ("path", "label")
+    cells = read(content, f"table {where}", required, _OPTIONAL, column_names(config))
+    if not len(cells):
+        raise UsageError(f"{cells.name}: no {cells.line_word}s")
+    if slides is not None and "slide" in cells.columns:
+        raise UsageError(f"{cells.name}: has a column slide; leave --slides out")
+    slide_of, slides_content = read_slides(config, slides)
+    entries, rejects = _accept(cells, slide_of, is_labelled="label" in required)
+    base = Location(where.uri.rpartition("/")[0])
+    return Source(
+        kind="table",
+        where=str(where),
+        entries=entries,
+        rejects=tuple(rejects),
+        inputs_sha256=inputs_digest([content, slides_content], _stamps(base, entries["path"].to_pylist(), cells)),
+        reader=files_spec(base),
+        files=files_of(slides=slides),
+    )
+
+
+def _accept(cells: Cells, slide_of: Mapping[str, str], *, is_labelled: bool) -> tuple[pa.Table, list[Reject]]:
+    """Check every row; return the entries and the refused rows."""
+    paths, ids = cells.columns["path"], _ids(cells)
+    labels = cells.columns["label"] if is_labelled else None
+    several = repeated(ids)
+    kept: list[int] = []
+    rejects: list[Reject] = []
+    for row, (id_, path) in enumerate(zip(ids, paths, strict=True)):
+        if row in cells.ragged:
+            rejects.append(Reject(RejectReason.BAD_LABEL, id_ or None, path or None, cells.wrong_width(row)))
+        elif not path:
+            rejects.append(Reject(RejectReason.MISSING, id_ or None, None, f"{cells.place(row)} names no path"))
+        elif id_ in several:
+            rejects.append(Reject(RejectReason.DUPLICATE_ID, id_, path, f"{cells.place(row)} has an id that others have too"))
+        elif labels is not None and labels[row] not in ("0", "1"):
+            rejects.append(Reject(RejectReason.BAD_LABEL, id_, path, f"{cells.place(row)} has label {labels[row][:40]!r}; expected 0 or 1"))
+        else:
+            kept.append(row)
+    if not kept:
+        cells.refuse_if_all_labels_are_bad(rejects)
+    _check_places(cells, kept)
+    columns: dict[str, Sequence[object]] = {
+        "id": [ids[row] for row in kept],
+        "path": [paths[row] for row in kept],
+        "slide": [slide_of.get(ids[row]) for row in kept],
+    }
+    if labels is not None:
+        columns["label"] = [int(labels[row]) for row in kept]
+    for name in cells.columns.keys() & {"slide", "centre"}:
+        columns[name] = [cells.columns[name][row] or None for row in kept]
+    for name in cells.columns.keys() & {"x_px", "y_px"}:
+        columns[name] = cells.whole_numbers(name, kept)
+    if "split" in cells.columns:
+        columns["split"] = _splits(cells, kept)
+    return entry_table(**columns), rejects
+
+
+def _ids(cells: Cells) -> list[str]:
+    if ids := cells.columns.get("id"):
+        if (row := next((row for row, id_ in enumerate(ids) if not id_ and row not in cells.ragged), None)) is not None:
+            raise UsageError(f"{cells.name}: {cells.place(row)} has no id; give every {cells.line_word} one, or leave the column out")
+        return ids
+    paths = [os.path.splitext(path)[0] for path in cells.columns["path"]]
+    stems = [path.rpartition("/")[2] for path in paths]
+    return paths if repeated([stem for stem in stems if stem]) else stems
+
+
+def _check_places(cells: Cells, rows: Sequence[int]) -> None:
+    """Refuse places that are not allowed or that this machine has no package for."""
+    paths = cells.columns["path"]
+    seen = set()
+    for row in rows:
+        scheme, separator, rest = paths[row].partition("://")
+        if scheme == "file" and not rest.startswith("/"):
+            raise UsageError(f"{cells.name}: {cells.place(row)} has path {paths[row][:80]!r}; expected file:///, then the rest of an absolute path")
+        if not separator or (root := (scheme, rest.partition("/")[0])) in seen:
+            continue
+        if scheme not in _SCHEMES:
+            allowed = ", ".join(f"{known}://" for known in _SCHEMES)
+            raise UsageError(
+                f"{cells.name}: {cells.place(row)} has a path that begins with {scheme[:20]}://; expected a plain path or one of {allowed}"
+            )
+        locate(paths[row])
+        seen.add(root)
+
+
+def _splits(cells: Cells, rows: Sequence[int]) -> list[str | None]:
+    values = cells.columns["split"]
+    found = [_SPLITS.get(values[row].casefold()) for row in rows]
+    for row, split in zip(rows, found, strict=True):
+        if split is None and values[row]:
+            raise UsageError(f"{cells.name}: {cells.place(row)} has split {values[row][:40]!r}; expected one of {', '.join(_SPLITS)}")
+    return found
+
+
+def _stamps(base: Location, paths: Sequence[str], cells: Cells) -> bytes:
+    """Return a digest of size and time of the files that are local; what lies in an object store would cost a request per file.
+
+    Raises
+    ------
+    UsageError
+        Not one of several local files exists: they are looked for in the wrong place.
+    """
+    lines, absent = [], 0
+    for path in paths:
+        root, name = place_of(base, path)
+        if not root.is_local:
+            continue
+        try:
+            status = os.stat(f"{root}/{name}")
+            lines.append(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n")
+        except (OSError, ValueError):  # reading will refuse it
+            absent += 1
+            lines.append(f"{path}\0unreadable\n")
+    if absent and absent == len(paths):
+        raise UsageError(f"{cells.name}: none of the {absent} files that it names exists; the first is {paths[0][:200]!r}, looked for in {base}")
+    return hashlib.sha256("".join(sorted(lines)).encode()).digest()

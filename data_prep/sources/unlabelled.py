@@ -1,0 +1,41 @@
+"""A folder of images that nothing is known about: for predicting, never for training."""
+
+from data_prep.sources.base import Source
+from data_prep.sources.entries import entry_table, inputs_digest
+from data_prep.sources.files import files_spec
+from data_prep.sources.listing import list_images, repeated, split_off_unwritable, stem_of
+from data_prep.sources.slides import files_of, read_slides
+from sentinode.config import PrepareConfig
+from sentinode.locations import Location
+
+
+def open_unlabelled(config: PrepareConfig, where: Location, *, slides: Location | None = None) -> Source:
+    """List the images of a folder and all folders in it; none is opened. An id is the relative path without suffix; with it if some were equal else.
+
+    Parameters
+    ----------
+    config : PrepareConfig
+    where : Location
+    slides : Location, optional
+        CSV file with columns `id,wsi`.
+
+    Raises
+    ------
+    UsageError
+        There are no images, or the slides file is unusable.
+    """
+    slide_of, slides_content = read_slides(config, slides)
+    listing = list_images(where, recursive=True)
+    paths, rejects = split_off_unwritable(listing.names)
+    ids = [stem_of(path) for path in paths]
+    if repeated(ids):
+        ids = paths
+    return Source(
+        kind="unlabelled",
+        where=str(where),
+        entries=entry_table(id=ids, path=paths, slide=list(map(slide_of.get, ids))),
+        rejects=tuple(rejects),
+        inputs_sha256=inputs_digest([slides_content], listing.digest),
+        reader=files_spec(where),
+        files=files_of(slides=slides),
+    )
