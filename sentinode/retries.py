@@ -115,14 +115,14 @@ def store_meaning(error: Exception, where: str) -> Exception:
         return next(kind for kind in _MEANINGS if isinstance(error, kind))(_errno_of(error), text, where)
     if "Credential" in name:
         return PermissionError(errno.EACCES, "no usable credentials found in the environment, the profile or the role", where)
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError) or name == "ParamValidationError":
         # How the clients refuse a name that cannot be a bucket's or an object's.
         return OSError(errno.EINVAL, text, where)
-    if isinstance(error, OSError) and not isinstance(error, (TimeoutError, ConnectionError)) and error.errno not in _STORE_PASSING:
-        return OSError(error.errno or errno.EINVAL, text, where)
-    if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _CLIENT_LIBRARIES:
+    # Some of the clients' own errors are OSErrors without a number, time-outs for example.
+    is_of_client = type(error).__module__.partition(".")[0] in _CLIENT_LIBRARIES
+    if is_of_client or isinstance(error, (TimeoutError, ConnectionError)) or (isinstance(error, OSError) and error.errno in _STORE_PASSING):
         return StorageError(f"{where}: the storage does not answer ({text}); repeat the command when it does")
-    return error
+    return OSError(error.errno or errno.EINVAL, text, where) if isinstance(error, OSError) else error
 
 
 def _errno_of(error: OSError) -> int:

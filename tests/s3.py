@@ -103,8 +103,8 @@ class FlakyServer:
     Attributes
     ----------
     failures : list of str
-        What happens to the next requests, in order: "503", "slow down", "drop" (the connection is closed without an answer) or "cut" short.
-        When the list is empty requests pass.
+        What happens to the next requests, in order: "503", "slow down", "drop" (the connection is closed without an answer), "cut" (amid the answer)
+        or "lost" (like "drop", but the request has been carried out). When the list is empty requests pass.
     forever : str or None
         What happens to all requests.
     only : callable or None
@@ -139,8 +139,11 @@ def serving_flaky() -> Iterator[FlakyServer]:
         if failure is None:
             return moto(environ, start_response)
         # What was sent is read first: closing a connection with unread data resets it before the answer arrives.
-        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        if failure == "drop":
+        if failure == "lost":
+            list(moto(environ, start_response))
+        else:
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        if failure in ("drop", "lost"):
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             return []
         if failure == "cut":

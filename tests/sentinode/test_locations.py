@@ -13,10 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from aiohttp import ClientPayloadError
+from botocore.exceptions import ClientError, ConnectTimeoutError, IncompleteReadError, ParamValidationError, ReadTimeoutError
+from fsspec.exceptions import FSTimeoutError
+from s3fs.errors import translate_boto_error
 
 from sentinode import locations
 from sentinode.errors import ConfigError, StorageError
 from sentinode.locations import Location, locate
+from sentinode.retries import store_meaning
 from tests.s3 import SECRET, FlakyServer, Server
 
 
@@ -274,6 +279,48 @@ def test_a_port_where_nothing_listens_is_one_line(s3_folder: str, flaky_s3: Flak
     with pytest.raises(StorageError, match="does not answer") as caught:
         locate(s3_folder).read_bytes()
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ReadTimeoutError(endpoint_url="http://host/bucket"),
+        ConnectTimeoutError(endpoint_url="http://host/bucket"),
+        IncompleteReadError(actual_bytes=1, expected_bytes=2),
+        ClientPayloadError("Response payload is not completed"),
+        FSTimeoutError(),
+        TimeoutError("The request timed out"),
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+        translate_boto_error(ClientError({"Error": {"Code": "InternalError", "Message": "We encountered an internal error."}}, "GetObject")),
+        translate_boto_error(ClientError({"Error": {"Code": "502", "Message": "Bad Gateway"}}, "HeadObject")),
+    ],
+)
+def test_what_may_pass_is_recognised_in_all_its_forms(error: Exception) -> None:
+    meaning = store_meaning(error, "s3://bucket/a")
+    assert isinstance(meaning, StorageError)
+    assert str(meaning).startswith("s3://bucket/a: the storage does not answer (")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (translate_boto_error(ClientError({"Error": {"Code": "AccessDenied", "Message": "Access Denied"}}, "GetObject")), PermissionError),
+        (translate_boto_error(ClientError({"Error": {"Code": "ExpiredToken", "Message": "The token has expired."}}, "GetObject")), PermissionError),
+        (translate_boto_error(ClientError({"Error": {"Code": "NoSuchBucket", "Message": "No such bucket"}}, "GetObject")), FileNotFoundError),
+        (translate_boto_error(ClientError({"Error": {"Code": "InvalidBucketName", "Message": "Invalid"}}, "GetObject")), OSError),
+        (translate_boto_error(ClientError({"Error": {"Code": "NotImplemented", "Message": "If-None-Match"}}, "PutObject")), OSError),
+        (ParamValidationError(report="Invalid bucket name"), OSError),
+    ],
+)
+def test_what_will_not_pass_is_an_os_error_at_once(error: Exception, kind: type[OSError]) -> None:
+    meaning = store_meaning(error, "s3://bucket/a")
+    assert type(meaning) is kind
+    assert meaning.filename == "s3://bucket/a"
+
+
+def test_a_mistake_in_the_program_is_not_taken_for_a_storage_that_fails() -> None:
+    error = KeyError("a")
+    assert store_meaning(error, "s3://bucket/a") is error
 
 
 def test_missing_credentials_are_said_and_not_waited_for(s3_folder: str, flaky_s3: FlakyServer, monkeypatch: pytest.MonkeyPatch) -> None:
