@@ -1,0 +1,192 @@
+"""Content-defined anchors of patches: which windows of pixels are kept, and what is kept of them.
+
+Both patches of an overlapping pair see the same pixels in their common part, so a choice that depends on a window's pixels alone makes both keep the
+same windows without knowing of each other. A cheap 32-bit hash, computed for every window at once, chooses; only the chosen windows get a long hash.
+"""
+
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.spool import IntArray
+from sentinode.errors import SentinodeError
+from sentinode.images import UInt8Array
+
+MIN_SHARED_FRACTION = 0.05
+"""Share of the patch that two patches must have in common."""
+EXPECTED_ANCHORS = 14
+"""Anchors to expect in the smallest common part that counts, if its windows are all different; none at all then has a probability of e^-14."""
+MAX_WINDOW_PX = 16
+"""Length of the windows, along rows and along columns (a common strip can be thinner than this in one direction)."""
+
+UInt32Array = npt.NDArray[np.uint32]
+UInt64Array = npt.NDArray[np.uint64]
+
+# Fixed for ever: spooled anchors of one run are joined with those of its restart.
+_PIXEL_FACTOR = np.uint32(0x9E3779B1)
+_STEP_FACTORS = tuple(np.uint32(factor) for factor in (0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0x2545F491))
+_SALTS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xA0761D6478BD642F))
+_CHUNK_PX = 1 << 17  # 0.5 MB an array of 32-bit pixels: the few that live at a time stay in a core's cache
+_PLACE_BITS = np.uint64(32)
+_PLACE_MASK = np.uint64(0xFFFFFFFF)
+_KNOWN_BITS = np.uint32(0x01010101)
+
+
+class _Buffers:
+    """Memory for the arrays of one chunk, used again and again: fresh pages from the system would cost twice the computation."""
+
+    def __init__(self, pixels: int) -> None:
+        self.bytes = np.zeros(3 * pixels + 1, np.uint8)
+        self.pixels, self.half, self.whole, self.other = (np.empty(pixels, np.uint32) for _ in range(4))
+        self.chosen = np.empty(pixels, np.bool_)
+
+
+@cache
+def window_px(side: int) -> int:
+    """Return the length of the windows for patches of `side` pixels: 16, less for patches so small that a common part could be shorter than that."""
+    return min(MAX_WINDOW_PX, max(2, side // 6))
+
+
+@cache
+def fewest_windows(side: int) -> int:
+    """Return how many windows the common part holds at least, over all offsets that leave MIN_SHARED_FRACTION of the patch in common."""
+    length = window_px(side)
+    height, width = np.mgrid[1 : side + 1, 1 : side + 1]
+    windows = height * np.maximum(width - length + 1, 0) + width * np.maximum(height - length + 1, 0)
+    return int(windows[height * width >= MIN_SHARED_FRACTION * side * side].min())
+
+
+@cache
+def density(side: int) -> float:
+    """Return the share of windows that become anchors, (0, 1]; 1/17 at 96 px."""
+    return min(1.0, EXPECTED_ANCHORS / max(1, fewest_windows(side)))
+
+
+def anchors(images: UInt8Array) -> UInt64Array:
+    """Return the anchors of some patches.
+
+    Parameters
+    ----------
+    images : ndarray of uint8, shape (n, side, side, 3), RGB
+
+    Returns
+    -------
+    ndarray of uint64, shape (2, k)
+        Row 0 holds the hashes, ordered by their upper 16 bits (and then by place within rows, within columns): enough to cut the hash range into
+        parts, and several times cheaper than a full sort. Row 1 holds the place (patch * side + y) * side + x of the window's first pixel in its
+        lower half, patch counted within `images`, and the guards (see `agree`) in its upper half.
+        Windows of one single colour are left out: they tell nothing about position, and glass is full of them.
+
+    Raises
+    ------
+    SentinodeError
+        There are more patches than 32 bits can number the pixels of.
+    """
+    count, side = images.shape[:2]
+    if count * side * side > 1 << int(_PLACE_BITS):
+        raise SentinodeError(f"{count} patches of {side} px are too many for one block; use a smaller decode_block_rows")
+    found: list[tuple[UInt64Array, UInt64Array]] = [(np.empty(0, np.uint64), np.empty(0, np.uint64))]
+    step = max(1, _CHUNK_PX // (side * side))
+    buffers = _Buffers(min(step, count) * side * side)
+    for start in range(0, count, step):
+        pixels = _packed(images[start : start + step], buffers)
+        for along, across, salt in ((1, side, _SALTS[0]), (side, 1, _SALTS[1])):
+            hashes, places = _chosen(pixels, side, along, across, salt, buffers)
+            found.append((hashes, places + np.uint64(start * side * side)))
+    hashes, places = (np.concatenate(column) for column in zip(*found, strict=True))
+    del found
+    order = np.argsort((hashes >> np.uint64(48)).astype(np.uint16), kind="stable")  # a radix sort, for 16 bits
+    result = np.empty((2, len(order)), np.uint64)
+    np.take(hashes, order, out=result[0], mode="clip")  # "raise" would make a copy first
+    np.take(places, order, out=result[1], mode="clip")
+    return result
+
+
+def places_of(row: UInt64Array) -> IntArray:
+    """Return the places of row 1 of `anchors`, int64 (k,)."""
+    return (row & _PLACE_MASK).astype(np.int64)
+
+
+def guards_of(row: UInt64Array) -> UInt32Array:
+    """Return the guards of row 1 of `anchors`, uint32 (k,)."""
+    return (row >> _PLACE_BITS).astype(np.uint32)
+
+
+def agree(left: UInt32Array, right: UInt32Array) -> npt.NDArray[np.bool_]:
+    """Tell which pairs of guards do not exclude each other, uint32 (k,) and (k,) -> bool (k,).
+
+    A guard holds one byte for each of four neighbouring windows: 0 where that window leaves the patch, else seven bits of its hash and a one. If two
+    anchors belong to a true overlap, then neighbours that both patches have are equal. This tells most chance equalities of near-glass windows from
+    overlaps without reading a pixel.
+    """
+    both_known = (left & right & _KNOWN_BITS) * np.uint32(0xFF)
+    result: npt.NDArray[np.bool_] = ((left ^ right) & both_known) == 0
+    return result
+
+
+def _packed(images: UInt8Array, buffers: _Buffers) -> UInt32Array:
+    """Return the pixels as 24-bit numbers, (n, side, side, 3) -> flat uint32 (n * side * side,)."""
+    # Unaligned words that start at every third byte, cut to 24 bits: four times faster than putting channels together.
+    buffers.bytes[: images.size] = images.reshape(-1)
+    words: UInt32Array = np.ndarray((images.size // 3,), "<u4", buffers.bytes, strides=(3,))
+    return np.bitwise_and(words, np.uint32(0xFFFFFF), out=buffers.pixels[: len(words)])
+
+
+def _chosen(pixels: UInt32Array, side: int, along: int, across: int, salt: np.uint64, buffers: _Buffers) -> tuple[UInt64Array, UInt64Array]:
+    """Return hashes and (guards, places) of the anchors in one direction; `along` and `across` are the steps in the flat pixels."""
+    length = window_px(side)
+    half, whole, reach = _window_hashes(pixels, length, along, buffers)
+    # Equal neighbours hash to 0, so a window of one colour does too, and 0 is never chosen.
+    ranks = np.subtract(whole, np.uint32(1), out=buffers.other[: len(whole)])
+    index = np.flatnonzero(np.less(ranks, np.uint32(round(density(side) * (2**32 - 1))), out=buffers.chosen[: len(whole)]))
+    row, column = (index // side) % side, index % side
+    position, lane = (column, row) if along == 1 else (row, column)
+    inside = position <= side - length  # the flat pixels know no borders
+    index, position, lane = index[inside], position[inside], lane[inside]
+    hashes = (half[index].astype(np.uint64) << np.uint64(32)) | half[index + reach]
+    hashes = (hashes ^ salt) * np.uint64(0xBF58476D1CE4E5B9) + pixels[index] * np.uint64(0xD6E8FEB86659FD93)
+    hashes = (hashes ^ (hashes >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
+    hashes ^= hashes >> np.uint64(32)
+    guards = np.zeros(len(index), np.uint32)
+    aside = length // 2
+    neighbours = (
+        (position >= length, -length * along),
+        (position <= side - 2 * length, length * along),
+        (lane >= aside, -aside * across),
+        (lane < side - aside, aside * across),
+    )
+    for number, (known, step) in enumerate(neighbours):
+        guard = (whole.take(index + step, mode="clip") >> np.uint32(24)) | np.uint32(1)
+        guards |= (guard * known) << np.uint32(8 * number)
+    return hashes, (guards.astype(np.uint64) << _PLACE_BITS) | index.astype(np.uint64)
+
+
+def _window_hashes(pixels: UInt32Array, length: int, along: int, buffers: _Buffers) -> tuple[UInt32Array, UInt32Array, int]:
+    """Hash all windows of the flat pixels, from the differences of neighbours.
+
+    Returns the hashes of the windows' first halves, those of whole windows, and where the second half of a window starts behind the first (the halves
+    may have pixels in common). Doubling (1, 2, 4, 8 differences, then all 15 from two eights) costs five multiply-adds instead of fifteen; overflow
+    modulo 2^32 is wanted.
+    """
+    size = max(0, len(pixels) - along)
+    half, other = buffers.half[:size], buffers.other[:size]
+    np.subtract(pixels[along:], pixels[:size], out=half)
+    half *= _PIXEL_FACTOR
+    half ^= np.right_shift(half, np.uint32(15), out=other)
+    width = 1
+    for factor in _STEP_FACTORS[:-1]:
+        if 2 * width >= length:
+            break
+        half = _joined(half, width * along, factor, half, other)
+        width *= 2
+    reach = (length - 1 - width) * along
+    whole = _joined(half, reach, _STEP_FACTORS[-1], buffers.whole, other)
+    return half, whole, reach
+
+
+def _joined(hashes: UInt32Array, step: int, factor: np.uint32, out: UInt32Array, other: UInt32Array) -> UInt32Array:
+    """Join each hash with that `step` further, into the start of `out`."""
+    size = len(hashes) - step
+    second = np.multiply(hashes[step:], factor, out=other[:size])
+    return np.add(hashes[:size], second, out=out[:size])

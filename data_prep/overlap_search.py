@@ -1,0 +1,139 @@
+"""The overlap search over all blocks, as two stages of Ray tasks.
+
+    anchors of all blocks, cut by hash -> candidates-*.npy -> merged, cut by first patch -> overlaps-*.npy -> Overlaps
+
+A true pair has anchors in every hash range, so it is compared in the second stage, once. Each task writes one file in the work folder; a repeated
+search takes the files that are there.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.anchors import UInt64Array, guards_of, places_of
+from data_prep.overlap import Overlaps, Packing, join, unique, verify
+from data_prep.spool import Spool, anchors_path
+from data_prep.tasks import Progress, run_tasks
+
+_ANCHORS_PER_JOIN = 1 << 23  # at most 0.5 GB at the widest point of a task
+_CANDIDATES_PER_VERIFY = 1 << 19
+_SAMPLE_STEP = 1 << 10  # every so many-th candidate of a file decides where the verification is cut
+
+
+def search_overlaps(spool: Spool, work: Path, progress: Progress, *, workers: int | None = None) -> Overlaps:
+    """Find all overlaps between the patches of a spool. Ray must run.
+
+    Parameters
+    ----------
+    spool : Spool
+        The pixels.
+    work : Path
+        Folder that holds what `anchors` returned for each block, at `anchors_path(work, block)`; it receives the files of the search.
+    progress : Progress
+    workers : int, optional
+        Tasks that run at a time; default as many as the cluster has CPUs.
+
+    Raises
+    ------
+    SentinodeError
+        There are more patches than one search can number, or a task failed.
+    """
+    packing = Packing(len(spool), spool.size_px)
+    blocks = len(spool.rows)
+    anchors = sum(np.load(anchors_path(work, block), mmap_mode="r").shape[1] for block in range(blocks))
+    part_bits = max(0, (-(-anchors // _ANCHORS_PER_JOIN) - 1).bit_length())
+    parts = 1 << part_bits
+    candidate_files = [work / f"candidates-{part:05d}-of-{parts:05d}-blocks-{blocks}.npy" for part in range(parts)]
+    shared = {"spool": spool.to_json()}
+    _run("overlap", _candidates_task, candidate_files, [{**shared, "part": part, "part_bits": part_bits} for part in range(parts)], progress, workers)
+    cuts = _cuts(candidate_files)
+    pieces = len(cuts) - 1
+    overlap_files = [work / f"overlaps-{piece:05d}-of-{pieces:05d}-parts-{parts}-blocks-{blocks}.npy" for piece in range(pieces)]
+    arguments = [{**shared, "sources": [str(file) for file in candidate_files], "low": low, "high": high} for low, high in pairwise(cuts)]
+    _run("verify", _verify_task, overlap_files, arguments, progress, workers)
+    return packing.unpack(np.concatenate([np.load(file) for file in overlap_files]))
+
+
+def _run(
+    stage: str, function: Callable[..., int], files: Sequence[Path], arguments: Sequence[dict[str, Any]], progress: Progress, workers: int | None
+) -> None:
+    """Make the files that are missing."""
+    missing = [{**arguments, "out": str(file)} for file, arguments in zip(files, arguments, strict=True) if not file.exists()]
+    run_tasks(stage, function, missing, progress, workers=workers, unit="parts", done=len(files) - len(missing))
+
+
+def _candidates_task(spool: dict[str, Any], part: int, part_bits: int, out: str) -> int:
+    """Join the anchors of one hash range."""
+    pixels = Spool.from_json(spool)
+    sources = [anchors_path(Path(out).parent, block) for block in range(len(pixels.rows))]
+    found = candidates(pixels, sources, part, part_bits)
+    _save(Path(out), found)
+    return len(found)
+
+
+def candidates(spool: Spool, anchor_files: Sequence[Path], part: int = 0, part_bits: int = 0) -> UInt64Array:
+    """Return the candidates of one of 2^part_bits equal hash ranges, packed, ascending.
+
+    Parameters
+    ----------
+    spool : Spool
+    anchor_files : sequence of Path
+        What `anchors` returned for each block of the spool, in order, as .npy files.
+    part, part_bits : int
+        At most 16 bits: the anchors of a block are not sorted further.
+    """
+    low, high = part << (64 - part_bits), (part + 1) << (64 - part_bits)
+    hashes, rows, starts = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+    for start, file in zip(spool.starts[:-1].tolist(), anchor_files, strict=True):
+        block = np.asarray(np.load(file, mmap_mode="r"))
+        begin = int(np.searchsorted(block[0], np.uint64(low)))
+        end = int(np.searchsorted(block[0], np.uint64(high))) if high < 2**64 else block.shape[1]
+        hashes.append(block[0, begin:end])
+        rows.append(block[1, begin:end])
+        starts.append(np.full(end - begin, start * spool.size_px * spool.size_px))
+    places = [places_of(row) + start for row, start in zip(rows, starts, strict=True)]
+    guards = [guards_of(row) for row in rows]
+    return join(np.concatenate(hashes), np.concatenate(places), np.concatenate(guards), Packing(len(spool), spool.size_px), part_bits)
+
+
+def _verify_task(spool: dict[str, Any], sources: list[str], low: int, high: int, out: str) -> int:
+    """Compare the pixels of the candidates from `low` to below `high`."""
+    pixels = Spool.from_json(spool)
+    found = overlaps(pixels, [Path(source) for source in sources], low, high)
+    _save(Path(out), found)
+    return len(found)
+
+
+def overlaps(spool: Spool, candidate_files: Sequence[Path], low: int, high: int) -> UInt64Array:
+    """Return the verified candidates from `low` to below `high`, of all candidate files together, packed, ascending."""
+    slices = [np.empty(0, np.uint64)]
+    for file in candidate_files:
+        packed = np.asarray(np.load(file, mmap_mode="r"))
+        begin, end = np.searchsorted(packed, np.array([low, high], np.uint64))
+        slices.append(packed[begin:end])
+    return verify(spool, unique(np.concatenate(slices)), Packing(len(spool), spool.size_px))
+
+
+def _cuts(files: Sequence[Path]) -> list[int]:
+    """Return where to cut the candidates of all files, ascending, into ranges of about _CANDIDATES_PER_VERIFY."""
+    sorted_files = [np.load(file, mmap_mode="r") for file in files]
+    total = sum(len(packed) for packed in sorted_files)
+    sample = np.sort(np.concatenate([packed[::_SAMPLE_STEP] for packed in sorted_files]))
+    pieces = max(1, -(-total // _CANDIDATES_PER_VERIFY))
+    inner = np.unique(sample[np.arange(1, pieces) * len(sample) // pieces])
+    return [0, *inner.tolist(), 2**64 - 1]
+
+
+def _save(file: Path, packed: UInt64Array) -> None:
+    """Write an array so that the file is complete or does not exist."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as handle:
+            np.save(handle, packed)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
