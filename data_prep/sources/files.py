@@ -48,7 +48,7 @@ class FilesReader:
                     yield _read_local(f"{root}/{name}")
                 continue
             for start in range(0, len(names), _OBJECTS_PER_BATCH):
-                for content in root.read_many(names[start : start + _OBJECTS_PER_BATCH]):
+                for content in _read_objects(root, names[start : start + _OBJECTS_PER_BATCH]):
                     yield _unread(content) if isinstance(content, OSError) else content
 
 
@@ -69,6 +69,14 @@ def read_described(location: Location, what: str, expected: str) -> bytes:
         return location.read_bytes()
     except OSError as error:
         raise UsageError(f"{what} {location}: {error.strerror or error}; expected {expected}") from error
+
+
+def _read_objects(root: Location, names: list[str]) -> list[bytes | OSError]:
+    try:
+        return root.read_many(names)
+    except OSError as error:
+        # Refused access, mostly. It says nothing of the patches, so the run stops.
+        raise StorageError(f"{error.filename or root}: cannot be read ({error.strerror or error})") from error
 
 
 def _read_local(path: str) -> bytes | Unread:

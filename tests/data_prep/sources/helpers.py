@@ -11,9 +11,11 @@ from sentinode.config import PrepareConfig
 from sentinode.images import UInt8Array, decode_patch
 
 
-def opened(where: Path | str, *, labels: Path | None = None, slides: Path | None = None, **config: object) -> Source:
+def opened(where: Path | str, *, labels: Path | str | None = None, slides: Path | str | None = None, **config: object) -> Source:
     """Open a source as prepare does; what comes back keeps the promises of the interface."""
-    source = open_source(PrepareConfig(**config), str(where), labels=labels and str(labels), slides=slides and str(slides))
+    source = open_source(
+        PrepareConfig(**config), str(where), labels=None if labels is None else str(labels), slides=None if slides is None else str(slides)
+    )
     assert source.entries.schema.equals(ENTRY_SCHEMA)
     ids = column(source, "id")
     assert len(set(ids)) == len(ids)
