@@ -18,13 +18,16 @@ _PERCENT_TICKS = [(share / 100, f"{share} %") for share in (0, 25, 50, 75, 100)]
 
 
 def balance_chart(lines: Sequence[Balance], whole: Balance) -> Markup:
-    """Draw the classes of each split and of the whole; metastatic first, so that prevalences line up at the left."""
+    """Draw the labelled patches of each split and of the whole; metastatic first, so that prevalences line up at the left."""
+    shown = [*lines, whole] if len(lines) > 1 else lines
     bars = []
-    for line in [*lines, whole]:
-        parts = [(style, getattr(line, style) / max(line.rows, 1)) for style in ("metastatic", "normal", "unlabelled")]
-        bars.append((short(line.name, 10), parts, percent(line.prevalence)))
-    description = "Share of metastatic patches: " + ", ".join(f"{line.name} {percent(line.prevalence)}" for line in [*lines, whole])
-    return charts.stacked_bars(bars, description, whole.metastatic / max(whole.rows, 1))
+    for line in shown:
+        labelled = max(line.normal + line.metastatic, 1)
+        bars.append(
+            (short(line.name, 10), [("metastatic", line.metastatic / labelled), ("normal", line.normal / labelled)], percent(line.prevalence))
+        )
+    description = "Share of metastatic patches: " + ", ".join(f"{line.name} {percent(line.prevalence)}" for line in shown)
+    return charts.stacked_bars(bars, description, whole.prevalence if len(lines) > 1 else None)
 
 
 def group_chart(groups: Sequence[SizeClass], rows: int) -> Markup:

@@ -148,6 +148,13 @@ def largest_groups(rows: Rows) -> list[Group]:
     ]
 
 
+def grouped_by(manifest: DatasetManifest, rows: Rows) -> str:
+    """Return what makes a group of this data set: slide, pixels, or nothing where each patch is one."""
+    if manifest.split.method in ("random", "all"):
+        return "nothing"
+    return "slide" if (rows.groups == rows.slides).all() else "pixels"
+
+
 @dataclass(frozen=True)
 class SlideCounts:
     """Slides that have patches in one split, and how many patches they have there."""

@@ -20,6 +20,7 @@ REASON_MEANING = {
     "not_an_image": "The bytes are no image.",
     "format_not_allowed": "An image, but of a format that is not accepted.",
     "truncated": "The image ends too early.",
+    "decompression_bomb": "A small file that unpacks to far more than a patch; it was not unpacked.",
     "wrong_size": "Not as many pixels wide and high as a patch must be.",
     "wrong_mode": "Not three 8-bit channels.",
     "several_pages": "The file holds more than one image.",

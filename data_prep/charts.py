@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 WIDTH = 340
 _LEFT, _RIGHT = 78, 92  # room for names and for figures beside horizontal bars
-_PLOT = (34, 8, WIDTH - 8, 132)  # left, top, right, bottom of a histogram
+_PLOT = (38, 8, WIDTH - 8, 132)  # left, top, right, bottom of a histogram
 _STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 

@@ -87,6 +87,7 @@ def data_card(manifest: DatasetManifest, index: pa.Table, rejected: pa.Table, ov
         tissue_chart=card_charts.tissue_chart(tissue) if tissue else None,
         flags=card_facts.count_flags(index),
         flag_meaning=FLAG_MEANING,
+        grouped_by=card_facts.grouped_by(manifest, rows),
         groups=groups,
         group_chart=card_charts.group_chart(groups, whole.rows),
         largest=card_facts.largest_groups(rows),

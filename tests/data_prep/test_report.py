@@ -299,6 +299,21 @@ def test_a_reason_that_is_not_known_is_shown_all_the_same() -> None:
     assert "of_tomorrow" in words(card)
 
 
+def test_what_makes_a_group_is_said() -> None:
+    assert "A group holds patches that share pixels" in words(overlap_card())
+    assert "Each patch is a group of its own" in words(leaky_card())
+    assert "The largest slides" in words(slide_card())
+
+
+def test_the_whole_is_no_second_line_where_there_is_one_split() -> None:
+    card = unlabelled_card()
+    assert "whole" not in Page(card.html()).words()
+    card.index = index_of([{"id": f"u{number:03d}", "label": number % 2, "split": "all"} for number in range(40)])
+    card.manifest = manifest_of(card.index, leak_level="unsplit", split_changes={"method": "all"})
+    assert "split patches share groups normal metastatic prevalence all 40 100.0 % 40 20 20 50.0 %" in words(card)
+    assert "Difference" not in words(card)
+
+
 def test_notes_of_the_split_are_shown() -> None:
     assert "split val: few rows" in words(overlap_card())
 
