@@ -1,54 +1,56 @@
-"""Decoding one block of entries: what a Ray Data task of prepare does. Pixels go to disk, only counts go back."""
+"""Decoding one block of inputs: what a Ray Data task of prepare does. Pixels go to disk, only figures about them are kept."""
 
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.labels import Entry
-from data_prep.overlap import anchors
-from data_prep.rejects import DecodedPatch, Reject, RejectReason
-from data_prep.spool import Spool, anchors_path, metadata_path, pixels_path
-from sentinode.errors import PatchError
+from data_prep.anchors import anchors
+from data_prep.rejects import Reject, RejectReason
+from data_prep.sources.base import ENTRY_SCHEMA, Reader, Unread
+from data_prep.spool import Spool, anchors_path, checksums, metadata_path, pixels_path
+from sentinode.errors import PatchError, PatchErrorCode
 from sentinode.images import UInt8Array, decode_patch
-from sentinode.tissue import is_black_or_white, is_pale, tissue_fraction
+from sentinode.tissue import BLACK_MAX, WHITE_MIN, is_tissue
 
 _TRIPLE = pa.list_(pa.int64(), 3)
-METADATA_SCHEMA = pa.schema(
+DECODED_SCHEMA = pa.schema(
     [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("label", pa.int8(), nullable=False),
-        pa.field("path", pa.string(), nullable=False),
-        pa.field("slide", pa.string()),
+        *ENTRY_SCHEMA,
         pa.field("pixel_sha1", pa.string()),
+        pa.field("checksum", pa.uint64()),
         pa.field("tissue_fraction", pa.float32()),
-        pa.field("flags", pa.list_(pa.string())),
+        pa.field("pale", pa.bool_()),
         pa.field("sums", _TRIPLE),
         pa.field("sums_of_squares", _TRIPLE),
         pa.field("reason", pa.string()),
         pa.field("detail", pa.string()),
     ]
 )
-"""One row per entry of a block, in entry order. `reason` is null for decoded patches, which lie in the pixel file in this order."""
+"""One row per input of a block, in order. `reason` is null for decoded patches, which lie in the pixel file in this order; for refused ones the rest
+is. `sums`, `sums_of_squares`: of all 8-bit values, per channel; exact integers, so that no figure depends on the order of addition."""
+
+# 32 patches of 96 px are 0.9 MB: a chunk and its temporaries stay in cache, which makes the passes over them several times as fast.
+_CHUNK_PATCHES = 32
+_MAY_PASS = (str(RejectReason.MISSING), str(RejectReason.UNREADABLE))
 
 
-def decode_block(block: int, entries: Sequence[Entry], source: Path, work: Path, size_px: int, *, with_anchors: bool) -> bool:
-    """Decode one block and write its three spool files; nothing to do where they are there already.
+def decode_block(block: int, entries: pa.Table, reader: Reader, work: Path, size_px: int, *, with_anchors: bool) -> None:
+    """Decode one block and write its spool files; nothing to do where they are there already.
 
     Parameters
     ----------
     block : int
         Number of the block, which names its files.
-    entries : sequence of Entry
-        What to read.
-    source : Path
-        Folder that the entries' paths are relative to.
+    entries : pyarrow.Table
+        ENTRY_SCHEMA: what to read.
+    reader : Reader
     work : Path
         Folder of the spool files.
     size_px : int
@@ -56,32 +58,30 @@ def decode_block(block: int, entries: Sequence[Entry], source: Path, work: Path,
     with_anchors : bool
         Also compute the anchors of the overlap search.
 
-    Returns
-    -------
-    bool
-        Whether there was work to do.
+    Raises
+    ------
+    StorageError
+        The storage does not answer; nothing of the block is kept.
     """
     if is_block_complete(work, block, size_px, len(entries), with_anchors=with_anchors):
-        return False
-    images, rows = [], []
-    for entry in entries:
-        pixels, row = _decode_entry(entry, source, size_px)
-        rows.append(row)
-        if pixels is not None:
-            images.append(pixels)
-    stacked = np.stack(images) if images else np.empty((0, size_px, size_px, 3), np.uint8)
-    _describe(stacked, [row for row in rows if row["reason"] is None])
-    _write(pixels_path(work, block), lambda temporary: stacked.tofile(temporary))
+        return
+    images, reasons, details = read_patches(reader, entries, size_px)
+    figures = describe(images)
+    for row, patch in zip(np.flatnonzero([reason is None for reason in reasons]).tolist(), range(len(images)), strict=True):
+        if figures.blank[patch]:
+            reasons[row], details[row] = str(RejectReason.BLANK), f"values {images[patch].min()} to {images[patch].max()}"
+    images, figures = images[~figures.blank] if figures.blank.any() else images, figures.take(~figures.blank)
+    # Not `tofile`, nor np.save, which says "0 requested and 0 written" where the disk is full.
+    _write(pixels_path(work, block), lambda temporary: temporary.write_bytes(images.data))
     if with_anchors:
-        found = anchors(stacked)
+        found = anchors(images)
         _write(anchors_path(work, block), lambda temporary: _save_npy(temporary, found))
-    table = pa.Table.from_pylist(rows, schema=METADATA_SCHEMA)
+    table = _table(entries, figures, reasons, details)
     _write(metadata_path(work, block), lambda temporary: pq.write_table(table, temporary))
-    return True
 
 
 def is_block_complete(work: Path, block: int, size_px: int, entries: int, *, with_anchors: bool) -> bool:
-    """Tell whether the spool files of a block are all there and fit each other."""
+    """Tell whether the spool files of a block are all there and fit each other. With inputs that could not be read it is not: now they may be."""
     try:
         reasons = pq.read_table(metadata_path(work, block), columns=["reason"])["reason"]
         size = pixels_path(work, block).stat().st_size
@@ -89,61 +89,130 @@ def is_block_complete(work: Path, block: int, size_px: int, entries: int, *, wit
             np.load(anchors_path(work, block), mmap_mode="r")
     except (OSError, ValueError, pa.ArrowException):
         return False
-    return len(reasons) == entries and size == reasons.null_count * size_px * size_px * 3
+    fits = len(reasons) == entries and size == reasons.null_count * size_px * size_px * 3
+    return fits and not any(reason in _MAY_PASS for reason in reasons.drop_null().to_pylist())
 
 
-def read_blocks(work: Path, blocks: int, size_px: int) -> tuple[Spool, list[DecodedPatch], list[Reject]]:
-    """Read back what `decode_block` wrote for blocks 0..blocks-1: the pixels as a spool, what is known of them, and the refused inputs."""
-    patches: list[DecodedPatch] = []
-    rejects: list[Reject] = []
-    counts = []
-    for block in range(blocks):
-        before = len(patches)
-        for row in pq.read_table(metadata_path(work, block), schema=METADATA_SCHEMA).to_pylist():
-            reason, detail = row.pop("reason"), row.pop("detail")
-            if reason is None:
-                lists: dict[str, Any] = {key: tuple(row.pop(key)) for key in ("flags", "sums", "sums_of_squares")}
-                patches.append(DecodedPatch(position=len(patches), **row, **lists))
-            else:
-                rejects.append(Reject(reason, row["id"], row["path"], detail))
-        counts.append(len(patches) - before)
-    spool = Spool(tuple(pixels_path(work, block) for block in range(blocks)), tuple(counts), size_px)
-    return spool, patches, rejects
+def read_blocks(work: Path, blocks: int, size_px: int) -> tuple[Spool, pa.Table, list[Reject]]:
+    """Read back what `decode_block` wrote for blocks 0..blocks-1.
+
+    Returns
+    -------
+    spool : Spool
+        The pixels.
+    patches : pyarrow.Table
+        DECODED_SCHEMA without reason and detail, plus `position` (int64, place in the spool), in the order of the spool.
+    rejects : list of Reject
+    """
+    tables = [pq.read_table(metadata_path(work, block), schema=DECODED_SCHEMA) for block in range(blocks)]
+    spool = Spool(tuple(pixels_path(work, block) for block in range(blocks)), tuple(table["reason"].null_count for table in tables), size_px)
+    rows = pa.concat_tables(tables)
+    refused = rows.filter(rows["reason"].is_valid()).select(["reason", "id", "path", "detail"]).to_pylist()
+    patches = rows.filter(rows["reason"].is_null()).drop_columns(["reason", "detail"])
+    return spool, patches.append_column("position", pa.array(np.arange(len(patches)))), [Reject(**row) for row in refused]
 
 
-def _decode_entry(entry: Entry, source: Path, size_px: int) -> tuple[UInt8Array | None, dict[str, Any]]:
-    row: dict[str, Any] = asdict(entry) | {"reason": None, "detail": None}
-    try:
-        pixels = decode_patch((source / entry.path).read_bytes(), size_px=size_px)
-    except OSError as error:
-        return None, row | {"reason": str(RejectReason.UNREADABLE), "detail": error.strerror or type(error).__name__}
-    except PatchError as error:
-        return None, row | {"reason": str(error.code), "detail": str(error)}
-    if is_black_or_white(pixels[None])[0]:
-        return None, row | {"reason": str(RejectReason.BLANK), "detail": f"values {pixels.min()} to {pixels.max()}"}
-    return pixels, row
+def read_patches(reader: Reader, entries: pa.Table, size_px: int) -> tuple[UInt8Array, list[str | None], list[str | None]]:
+    """Read and decode inputs.
+
+    Returns
+    -------
+    images : ndarray of uint8, shape (n, size_px, size_px, 3), RGB
+        Of the inputs that are patches, in order.
+    reasons, details : list of str or None
+        Of every input; None for those in `images`.
+    """
+    images = np.empty((len(entries), size_px, size_px, 3), np.uint8)
+    reasons: list[str | None] = [None] * len(entries)
+    details: list[str | None] = [None] * len(entries)
+    count = 0
+    for row, found in enumerate(reader.read(entries)):
+        try:
+            if isinstance(found, Unread):
+                reasons[row], details[row] = str(found.reason), found.detail
+                continue
+            pixels = decode_patch(found, size_px=size_px) if isinstance(found, bytes) else found
+            if pixels.shape != images.shape[1:]:
+                size = "x".join(map(str, pixels.shape[1::-1]))
+                raise PatchError(PatchErrorCode.WRONG_SIZE, f"the patch is {size} pixels; expected {size_px}x{size_px}")
+            images[count] = pixels
+            count += 1
+        except PatchError as error:
+            reasons[row], details[row] = str(error.code), str(error)
+    return images[:count], reasons, details
 
 
-def _describe(images: UInt8Array, rows: list[dict[str, Any]]) -> None:
-    """Add to each decoded row what its pixels tell. Sums are exact integers, so that they do not depend on the order of addition."""
-    if not rows:
-        return
-    fractions, pale = tissue_fraction(images), is_pale(images)
-    for image, row, fraction, is_unstained in zip(images, rows, fractions, pale, strict=True):
-        values = image.reshape(-1, 3).astype(np.int64)
-        row["pixel_sha1"] = hashlib.sha1(image.tobytes(), usedforsecurity=False).hexdigest()
-        row["tissue_fraction"] = float(fraction)
-        row["flags"] = ["pale"] if is_unstained else []
-        row["sums"] = values.sum(axis=0).tolist()
-        row["sums_of_squares"] = (values * values).sum(axis=0).tolist()
+@dataclass(frozen=True)
+class Figures:
+    """What is known of each of n patches without its pixels."""
+
+    pixel_sha1: list[str]
+    checksum: npt.NDArray[np.uint64]
+    tissue_fraction: npt.NDArray[np.float32]
+    blank: npt.NDArray[np.bool_]
+    pale: npt.NDArray[np.bool_]
+    sums: npt.NDArray[np.int64]
+    sums_of_squares: npt.NDArray[np.int64]
+
+    def take(self, rows: npt.NDArray[np.bool_]) -> "Figures":
+        """Return those of the chosen patches."""
+        return Figures(
+            pixel_sha1=[value for value, chosen in zip(self.pixel_sha1, rows.tolist(), strict=True) if chosen],
+            checksum=self.checksum[rows],
+            tissue_fraction=self.tissue_fraction[rows],
+            blank=self.blank[rows],
+            pale=self.pale[rows],
+            sums=self.sums[rows],
+            sums_of_squares=self.sums_of_squares[rows],
+        )
 
 
-def _save_npy(path: Path, array: Any) -> None:
-    with path.open("wb") as file:  # np.save given a name would append .npy to it
-        np.save(file, array)
+def describe(images: UInt8Array) -> Figures:
+    """Work out what is kept of patches, uint8 (n, side, side, 3), RGB. Rules: `sentinode.tissue`."""
+    count, area = len(images), images.shape[1] * images.shape[2]
+    fraction = np.empty(count, np.float32)
+    blank, pale = np.empty(count, np.bool_), np.empty(count, np.bool_)
+    sums, squares = np.empty((count, 3), np.int64), np.empty((count, 3), np.int64)
+    for start in range(0, count, _CHUNK_PATCHES):
+        chunk = slice(start, start + _CHUNK_PATCHES)
+        planes = np.ascontiguousarray(images[chunk].reshape(-1, area, 3).transpose(2, 0, 1))
+        high = np.maximum(np.maximum(planes[0], planes[1]), planes[2])
+        low = np.minimum(np.minimum(planes[0], planes[1]), planes[2])
+        stained = is_tissue(high, low)
+        fraction[chunk] = stained.mean(axis=1, dtype=np.float32)
+        pale[chunk] = ~stained.any(axis=1)
+        blank[chunk] = (high.max(axis=1) <= BLACK_MAX) | (low.min(axis=1) >= WHITE_MIN)
+        sums[chunk] = planes.sum(axis=2, dtype=np.uint32).T
+        wide = planes.astype(np.uint16)
+        squares[chunk] = (wide * wide).sum(axis=2, dtype=np.uint64).T  # 255 * 255 fits 16 bits
+    sha1 = [hashlib.sha1(image.data, usedforsecurity=False).hexdigest() for image in images]
+    return Figures(sha1, checksums(images), fraction, blank, pale, sums, squares)
 
 
-def _write(path: Path, write: Any) -> None:
+def _table(entries: pa.Table, figures: Figures, reasons: list[str | None], details: list[str | None]) -> pa.Table:
+    # Row of `figures` for each input, null for the refused ones: taking with nulls spreads the columns.
+    accepted = np.asarray([reason is None for reason in reasons], np.bool_)
+    rows = pa.array(np.where(accepted, np.cumsum(accepted) - 1, 0), pa.int64(), mask=~accepted)
+    columns = {
+        "pixel_sha1": pa.array(figures.pixel_sha1, pa.string()),
+        "checksum": pa.array(figures.checksum),
+        "tissue_fraction": pa.array(figures.tissue_fraction),
+        "pale": pa.array(figures.pale),
+        "sums": pa.FixedSizeListArray.from_arrays(pa.array(figures.sums.ravel()), type=_TRIPLE),
+        "sums_of_squares": pa.FixedSizeListArray.from_arrays(pa.array(figures.sums_of_squares.ravel()), type=_TRIPLE),
+    }
+    spread = {name: column.take(rows) for name, column in columns.items()}
+    own = {"reason": pa.array(reasons, pa.string()), "detail": pa.array(details, pa.string())}
+    return pa.table({**{name: entries[name] for name in ENTRY_SCHEMA.names}, **spread, **own}, schema=DECODED_SCHEMA)
+
+
+def _save_npy(path: Path, array: npt.NDArray[np.uint64]) -> None:
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, then rename it: a file under its own name is whole. The process id keeps retried tasks apart."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

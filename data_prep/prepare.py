@@ -1,164 +1,199 @@
-"""The verb prepare: a folder of labelled patches becomes a prepared data set, or nothing.
+"""The verb prepare: a source of patches becomes a prepared data set, or nothing.
 
-Decoding, the overlap search and the writing of shards run as Ray Data tasks. Pixels stay on disk (a staging folder beside the output, which all nodes
-must see); a run that was killed continues from the blocks that are there.
+Decoding, the overlap search and the writing of shards run as Ray Data tasks. Pixels stay on disk (a work folder that all nodes must see) and never
+pass through Ray's object store; a run that was killed continues from the blocks that are there. The stages, in order:
+
+    decode     inputs -> pixels, anchors and figures, block by block      (decode.py, anchors.py; one task a block)
+    check      ids against pixels, equal pixels                           (checks.py; in the driver, figures only)
+    group      overlaps -> groups                                         (overlap_search.py, grouping.py)
+    deal       groups -> splits and folds, patches -> shards and rows     (splits.py, shards.py)
+    write      shards, read back; index, refusals, report, manifest       (shards.py, report.py)
+    publish    one rename, or parts and then one put of the manifest      (sentinode/storage.py)
 """
 
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import ray
 
+from data_prep.checks import check_duplicates, check_ids
 from data_prep.decode import decode_block, is_block_complete, read_blocks
-from data_prep.labels import Entry
-from data_prep.output import PrepareRequest, belongs_to, is_complete, rejected_path, request_of
-from data_prep.overlap import Overlaps, connected_groups, find_overlaps, union
-from data_prep.rejects import DecodedPatch, Reject, check_all, count_reasons, write_rejects
-from data_prep.report import render_report
-from data_prep.shards import Placed, channel_statistics, class_weights, count_splits, place, shard_rows, write_index, write_shard
-from data_prep.splits import Dealt, deal
-from data_prep.spool import Spool, anchors_path
-from data_prep.tasks import Progress, run_tasks
+from data_prep.grouping import Grouping, StrArray, group_patches, grouping_kind, leak_level, overlap_table
+from data_prep.output import PrepareRequest, belongs_to, is_complete, rejected_at
+from data_prep.overlap_search import search_overlaps
+from data_prep.rejects import Reject, RejectReason, count_reasons, rejects_table
+from data_prep.report import data_card
+from data_prep.shards import PLAN_COLUMNS, channel_statistics, class_weights, count_splits, index_of, place, write_shard
+from data_prep.sources.base import Source
+from data_prep.sources.detect import reader_of
+from data_prep.sources.unpack import unpack
+from data_prep.splits import Dealt, deal, deal_folds
+from data_prep.spool import IntArray, Spool
+from data_prep.tasks import Progress, run_tasks, what_failed
 from sentinode.config import PrepareConfig
 from sentinode.dataset import fingerprint
 from sentinode.errors import ManifestError, ManifestNotFoundError, RejectedInputsError, SentinodeError, UsageError
-from sentinode.manifests import DATASET_FORMAT_VERSION, DatasetManifest, FileRecord, LeakLevel, ShardRecord, SplitReport, read_dataset_manifest
-from sentinode.storage import canonical_json, exclusive, file_record, local_path, publish, staging_path, write_json, write_text_atomic
+from sentinode.images import UInt8Array
+from sentinode.locations import Location, locate
+from sentinode.manifests import DATASET_FORMAT_VERSION, DatasetManifest, FileRecord, ShardRecord, SplitMethod, SplitReport, read_dataset_manifest
+from sentinode.publishing import new_root, publish, upload_part, writing
+from sentinode.storage import file_record, write_json, write_text_atomic
 from sentinode.versions import git_commit, library_versions
 
 log = logging.getLogger(__name__)
-
-_ANCHORS_PER_JOIN = 1 << 23  # about 0.5 GB at the widest point of one task
-_LEAK_LEVELS: dict[str, LeakLevel] = {"overlap": "pixels", "slide": "slide", "random": "none"}
 
 
 @dataclass(frozen=True)
 class PrepareResult:
     """The outcome of `prepare`; `already_complete` where nothing had to be done."""
 
-    path: Path
+    path: Location
     manifest: DatasetManifest
     already_complete: bool
 
 
-def prepare(
-    config: PrepareConfig,
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    labels: str | os.PathLike[str] | None = None,
-    slides: str | os.PathLike[str] | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> PrepareResult:
-    """Make a prepared data set (DESIGN: contract 1) of a source in the Kaggle layout. Ray must run already.
+def prepare(request: PrepareRequest, *, progress: Progress | None = None) -> PrepareResult:
+    """Make a prepared data set (DESIGN: contract 1). Ray must run already.
 
     Parameters
     ----------
-    config : PrepareConfig
-    source : str or path
-        Folder with `train_labels.csv` and `train/*.tif`.
-    out : str or path
-        Folder to make.
-    labels, slides : str or path, optional
-        CSV files `id,label` and `id,wsi`.
-    overwrite : bool
-        Replace a prepared data set that is at `out`.
-    progress : callable, optional
-        Called as progress(stage, done, total).
+    request : PrepareRequest
+        From `data_prep.output.request_of`.
+    progress : Progress, optional
 
     Raises
     ------
     UsageError
-        Inputs are missing, or `out` holds something else.
+        The output holds something else, or another process writes it.
     RejectedInputsError
         More inputs were refused than `max_rejected_fraction` allows, or all; `<out>.rejected.parquet` lists them.
     SentinodeError
-        The work failed, or Ray does not run.
+        The work failed, or Ray does not run. The same request continues it.
     """
-    folder = local_path(out)
-    request = request_of(config, source, labels=labels, slides=slides)
-    if is_complete(request, folder, overwrite=overwrite):
-        return PrepareResult(folder, read_dataset_manifest(folder), already_complete=True)
+    out, staging = request.out, request.staging
+    if is_complete(request):
+        return PrepareResult(out, read_dataset_manifest(out), already_complete=True)
     if not ray.is_initialized():
         raise SentinodeError("Ray does not run; start it with ray.init() before prepare")
-    with exclusive(folder):
+    if request.work_is_private and sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes()) > 1:
+        raise UsageError("this Ray has several machines: name a folder that all of them see with --work")
+    with writing(out, staging):
         # Asked again: another process may have finished it between the first look and the lock.
-        if is_complete(request, folder, overwrite=overwrite):
-            return PrepareResult(folder, read_dataset_manifest(folder), already_complete=True)
-        staging = staging_path(folder)
-        if not _is_finished(staging, request):
-            _open_staging(staging, request)
-            _work(request, staging, folder, progress or (lambda stage, done, total: None))
+        if is_complete(request):
+            return PrepareResult(out, read_dataset_manifest(out), already_complete=True)
+        if not _is_finished(request):
+            try:
+                _work(request, _open_staging(request), progress or _silent)
+            except OSError as error:
+                raise SentinodeError(f"prepare failed: {what_failed(error)}") from error
         manifest = read_dataset_manifest(staging)
         shutil.rmtree(staging / "work", ignore_errors=True)
-        publish(staging, folder)
-        rejected_path(folder).unlink(missing_ok=True)
-    return PrepareResult(folder, manifest, already_complete=False)
+        if not out.is_local:
+            _upload(manifest, request, progress or _silent)
+        publish(staging, out, "dataset.json", replace=request.overwrite)
+        rejected_at(out).remove()
+    return PrepareResult(out, manifest, already_complete=False)
 
 
-def _is_finished(staging: Path, request: PrepareRequest) -> bool:
+def _silent(stage: str, done: int, total: int, unit: str = "patches") -> None:
+    pass
+
+
+def _is_finished(request: PrepareRequest) -> bool:
     """Tell whether a run was killed between writing the manifest and publishing."""
     try:
-        return belongs_to(read_dataset_manifest(staging), request)
+        return belongs_to(read_dataset_manifest(request.staging), request)
     except (ManifestNotFoundError, ManifestError):
         return False
 
 
-def _open_staging(staging: Path, request: PrepareRequest) -> None:
-    """Keep what an interrupted run of the same request left, delete anything else."""
+def _open_staging(request: PrepareRequest) -> str:
+    """Keep what an interrupted run of the same request left, delete anything else; returns the root that the run has at its output."""
+    staging = request.staging
     note = staging / "work" / "request.json"
     try:
-        same = json.loads(note.read_text(encoding="utf-8")) == request.as_json()
-    except (OSError, ValueError):
-        same = False
-    if not same:
-        shutil.rmtree(staging, ignore_errors=True)
-        note.parent.mkdir(parents=True)
-        write_json(note, request.as_json())
-    else:
-        log.info("continuing an interrupted run")
-        for leftover in staging.rglob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        left = json.loads(note.read_text(encoding="utf-8"))
+        if left["request"] == request.as_json():
+            log.info("continuing an interrupted run")
+            for leftover in staging.rglob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
+            return str(left["root"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # nothing there, or of another program
+    shutil.rmtree(staging, ignore_errors=True)
+    note.parent.mkdir(parents=True)
+    root = "" if request.out.is_local else new_root()
+    write_json(note, {"request": request.as_json(), "root": root})
+    return root
 
 
-def _work(request: PrepareRequest, staging: Path, out: Path, progress: Progress) -> None:
+def _upload(manifest: DatasetManifest, request: PrepareRequest, progress: Progress) -> None:
+    """Send everything but the manifest to the object store; what an interrupted run has sent is not sent again."""
+    records = [*manifest.shards, *manifest.files]
+    common = {"staging": str(request.staging), "out": str(request.out), "root": manifest.root}
+    tasks = [{"name": record.path, **common} for record in records]
+    weights = [-(-record.bytes // 1_000_000) for record in records]
+    run_tasks("upload", _upload_task, tasks, progress, workers=request.config.workers, weights=weights, unit="MB")
+
+
+def _upload_task(name: str, staging: str, out: str, root: str) -> None:
+    upload_part(Path(staging), name, locate(out) / root)
+
+
+def _work(request: PrepareRequest, root: str, progress: Progress) -> None:
     """Fill the staging folder, dataset.json last."""
-    config, source, work = request.config, request.source, staging / "work"
-    spool, decoded, decode_rejects = _decode(request, work, progress)
-    accepted, late_rejects = check_all(decoded, config.check_ids)
-    rejects = [*source.rejects, *decode_rejects, *late_rejects]
-    _refuse_bad_source(rejects, len(accepted), source.inputs, config, staging, out)
-    groups, overlap_pairs = _group(accepted, spool, config, work, progress)
-    dealt = deal(accepted, groups, config.ratios, config.seed, config.folds)
-    if "train" not in dealt.split.values():
-        raise UsageError(f"no patch falls to train with ratios {list(config.ratios)} and {len(accepted)} patches")
-    placed = place(accepted, groups, dealt.split, dealt.fold, config.seed, config.rows_per_shard)
+    config, staging = request.config, request.staging
+    work = staging / "work"
+    source = unpack(request.source, work / "unpacked", partial(progress, unit="bytes"))
+    method: SplitMethod = config.split if source.is_labelled else "all"
+    kind = grouping_kind(method, slides_known=source.entries["slide"].null_count == 0)
+    search = kind == "pixels" and source.overlaps is None
+    spool, decoded, decode_rejects = _decode(source, config, work, progress, with_anchors=search)
+    patches, id_rejects = check_ids(decoded.take(pc.sort_indices(decoded, [("id", "ascending")])), config.check_ids)
+    patches, twin_rejects = check_duplicates(patches, config.duplicates)
+    rejects = [*source.rejects, *decode_rejects, *id_rejects, *twin_rejects]
+    _refuse_bad_source(rejects, len(patches), request)
+
+    def find() -> pa.Table:
+        if source.overlaps is not None:
+            return source.overlaps
+        found = search_overlaps(spool, work, progress, workers=config.workers)
+        return overlap_table(found, patches["position"].to_numpy(), np.asarray(patches["id"].to_pylist(), np.str_), config.patch_size_px)
+
+    grouping = group_patches(patches, kind, find)
+    dealt = _deal(patches, grouping, method, config)
+    level, leak_notes = leak_level(method, grouping, dealt.split)
+    placed = place(patches, grouping.groups, dealt.split, dealt.fold, config.seed, config.rows_per_shard)
     shards = _write_shards(placed, spool, config, staging, progress)
-    index = write_index(staging / "index.parquet", placed)
-    write_rejects(staging / "rejected.parquet", rejects)
+    index = index_of(placed)
+    pq.write_table(index, staging / "index.parquet", compression="zstd")
+    refused = rejects_table(rejects)
+    pq.write_table(refused, staging / "rejected.parquet")
+    names = ["index.parquet", "rejected.parquet"]
+    if grouping.overlaps is not None:
+        pq.write_table(grouping.overlaps, staging / "overlaps.parquet", compression="zstd")
+        names.append("overlaps.parquet")
     counts = count_splits(placed)
     mean, std = channel_statistics(placed, config.patch_size_px)
     manifest = DatasetManifest(
         format_version=DATASET_FORMAT_VERSION,
+        root=root,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        source={
-            "kind": "kaggle",
-            "path": str(source.folder),
-            "labels": str(source.labels),
-            "slides": str(source.slides) if source.slides else None,
-            "inputs_sha256": source.inputs_sha256,
-        },
+        source={"kind": source.kind, "path": source.where, **source.files, "inputs_sha256": source.inputs_sha256},
         config=config.model_dump(mode="json"),
         counts=counts,
         class_weights=class_weights(counts),
@@ -168,133 +203,141 @@ def _work(request: PrepareRequest, staging: Path, out: Path, progress: Progress)
         dtype="uint8",
         channel_order="RGB",
         spacing_um_px=config.spacing_um_px,
-        split=_split_report(config, groups, overlap_pairs, dealt),
-        leak_level=_LEAK_LEVELS[config.split],
+        split=_split_report(method, config, grouping, [*leak_notes, *dealt.notes]),
+        leak_level=level,
         rejected=count_reasons(rejects),
         shards=shards,
-        files=[FileRecord(**file_record(staging, name)) for name in ("index.parquet", "rejected.parquet")],
+        files=[FileRecord(**file_record(staging, name)) for name in names],
         fingerprint=fingerprint(index),
         library_versions=library_versions(),
         git_commit=git_commit(),
     )
-    write_text_atomic(staging / "report.html", render_report(manifest, placed, spool))
+    write_text_atomic(staging / "report.html", data_card(manifest, index, refused, grouping.overlaps, _pixels_by_id(patches, spool)))
     page = FileRecord(**file_record(staging, "report.html"))
     write_json(staging / "dataset.json", manifest.model_copy(update={"files": [*manifest.files, page]}).model_dump(mode="json"))
 
 
-def _decode(request: PrepareRequest, work: Path, progress: Progress) -> tuple[Spool, list[DecodedPatch], list[Reject]]:
-    config, entries = request.config, request.source.entries
-    size, with_anchors = config.patch_size_px, config.split == "overlap"
-    blocks = [entries[start : start + config.decode_block_rows] for start in range(0, len(entries), config.decode_block_rows)]
-    tasks = [
-        {
-            "block": number,
-            "entries": [asdict(entry) for entry in block],
-            "source": str(request.source.folder),
-            "work": str(work),
-            "size_px": size,
-            "with_anchors": with_anchors,
-        }
-        for number, block in enumerate(blocks)
-        if not is_block_complete(work, number, size, len(block), with_anchors=with_anchors)
-    ]
-    run_tasks("decode", _decode_task, tasks, progress)
-    return read_blocks(work, len(blocks), size)
+def _decode(source: Source, config: PrepareConfig, work: Path, progress: Progress, *, with_anchors: bool) -> tuple[Spool, pa.Table, list[Reject]]:
+    entries = source.entries
+    size, rows = config.patch_size_px, config.decode_block_rows
+    counts = [min(rows, len(entries) - start) for start in range(0, len(entries), rows)]
+    listed = work / "entries.parquet"
+    if not listed.exists():
+        temporary = listed.with_name(".entries.parquet.tmp")
+        pq.write_table(entries, temporary, row_group_size=rows)
+        temporary.replace(listed)
+    missing = [block for block, count in enumerate(counts) if not is_block_complete(work, block, size, count, with_anchors=with_anchors)]
+    tasks = [{"block": block, "reader": dict(source.reader), "work": str(work), "size_px": size, "with_anchors": with_anchors} for block in missing]
+    weights = [counts[block] for block in missing]
+    run_tasks("decode", _decode_task, tasks, progress, workers=config.workers, weights=weights, done=len(entries) - sum(weights))
+    return read_blocks(work, len(counts), size)
 
 
-def _decode_task(block: int, entries: list[dict[str, Any]], source: str, work: str, size_px: int, with_anchors: bool) -> bool:
-    return decode_block(block, [Entry(**entry) for entry in entries], Path(source), Path(work), size_px, with_anchors=with_anchors)
+def _decode_task(block: int, reader: dict[str, Any], work: str, size_px: int, with_anchors: bool) -> None:
+    entries = pq.ParquetFile(Path(work) / "entries.parquet").read_row_group(block)
+    decode_block(block, entries, reader_of(reader), Path(work), size_px, with_anchors=with_anchors)
 
 
-def _refuse_bad_source(rejects: list[Reject], accepted: int, inputs: int, config: PrepareConfig, staging: Path, out: Path) -> None:
-    if accepted and len(rejects) <= config.max_rejected_fraction * inputs:
+def _refuse_bad_source(rejects: list[Reject], accepted: int, request: PrepareRequest) -> None:
+    """Stop where too much was refused. A dropped duplicate is no loss: its pixels are in the data set."""
+    inputs, allowed = request.source.inputs, request.config.max_rejected_fraction
+    lost = sum(reject.reason != RejectReason.DUPLICATE_PIXELS for reject in rejects)
+    if accepted and lost <= allowed * inputs:
         return
-    write_rejects(rejected_path(out), rejects)
+    listed = rejected_at(request.out)
+    buffer = BytesIO()
+    pq.write_table(rejects_table(rejects), buffer)
+    listed.write_bytes(buffer.getvalue())
     # Other inputs or another config are needed to get further, and either starts afresh.
-    shutil.rmtree(staging, ignore_errors=True)
+    shutil.rmtree(request.staging, ignore_errors=True)
     counts = ", ".join(f"{count} {reason}" for reason, count in count_reasons(rejects).items())
     raise RejectedInputsError(
-        f"{len(rejects)} of {inputs} inputs were refused ({counts}), more than max_rejected_fraction {config.max_rejected_fraction} allows; "
-        f"each with its reason in {rejected_path(out)}"
+        f"{len(rejects)} of {inputs} inputs were refused ({counts}), more than max_rejected_fraction {allowed} allows; "
+        f"each with its reason in {listed}"
     )
 
 
-def _group(patches: Sequence[DecodedPatch], spool: Spool, config: PrepareConfig, work: Path, progress: Progress) -> tuple[list[str], int | None]:
-    """Return the group of each patch, and how many pairs overlap where that was searched for. `patches` are sorted by id."""
-    if config.split == "random":
-        return [patch.id for patch in patches], None
-    if config.split == "slide":
-        return [patch.slide or patch.id for patch in patches], None
-    blocks = len(spool.rows)
-    anchors = sum(np.load(anchors_path(work, block), mmap_mode="r").shape[1] for block in range(blocks))
-    parts = max(1, -(-anchors // _ANCHORS_PER_JOIN))
-    tasks = [{"work": str(work), **_spool_arguments(spool), "part": part, "parts": parts} for part in range(parts)]
-    overlaps = union(_as_overlaps(rows) for rows in run_tasks("overlap", _overlap_task, tasks, progress))
-    # Refused patches glue nothing: they are not in the data set. Numbered by id, the smallest member of a group has its smallest id.
-    rank = {patch.position: number for number, patch in enumerate(patches)}
-    pairs = [(rank[a], rank[b]) for a, b in overlaps.pairs if a in rank and b in rank]
-    return [patches[smallest].id for smallest in connected_groups(len(patches), pairs).tolist()], len(pairs)
+def _deal(patches: pa.Table, grouping: Grouping, method: SplitMethod, config: PrepareConfig) -> Dealt:
+    if method == "all":
+        return Dealt(np.full(len(patches), "all"), np.full(len(patches), -1, np.int64), [])
+    labels = patches["label"].to_numpy().astype(np.int64)
+    if method == "predefined":
+        split: StrArray = np.asarray(patches["split"].to_pylist(), np.str_)
+        fold, notes = deal_folds(labels, grouping.groups, split, config.seed, config.folds)
+        return Dealt(split, fold, notes)
+    dealt = deal(labels, grouping.groups, config.ratios, config.seed, config.folds)
+    if "train" not in dealt.split:
+        raise UsageError(f"no patch falls to train with ratios {list(config.ratios)} and {len(patches)} patches")
+    return dealt
 
 
-def _overlap_task(work: str, files: list[str], counts: list[int], size_px: int, part: int, parts: int) -> list[list[int]]:
-    spool = Spool(tuple(map(Path, files)), tuple(counts), size_px)
-    anchor_files = [anchors_path(Path(work), block) for block in range(len(files))]
-    return [list(row) for row in find_overlaps(spool, anchor_files, part, parts).rows()]
-
-
-def _as_overlaps(rows: list[list[int]]) -> Overlaps:
-    columns = np.asarray(rows, np.int64).reshape(-1, 4)
-    return Overlaps(columns[:, 0], columns[:, 1], columns[:, 2], columns[:, 3])
-
-
-def _spool_arguments(spool: Spool) -> dict[str, Any]:
-    return {"files": [str(path) for path in spool.files], "counts": list(spool.rows), "size_px": spool.size_px}
-
-
-def _write_shards(placed: Sequence[Placed], spool: Spool, config: PrepareConfig, staging: Path, progress: Progress) -> list[ShardRecord]:
+def _write_shards(placed: pa.Table, spool: Spool, config: PrepareConfig, staging: Path, progress: Progress) -> list[ShardRecord]:
+    work = staging / "work"
+    names, starts, counts = _runs(placed["shard"])
+    plan = work / "plan.parquet"
+    with pq.ParquetWriter(plan, placed.select(PLAN_COLUMNS).schema) as writer:  # one row group a shard
+        for start, count in zip(starts, counts, strict=True):
+            writer.write_table(placed.select(PLAN_COLUMNS).slice(start, count), row_group_size=count)
     tasks = [
         {
+            "number": number,
             "name": name,
-            "rows": rows,
             "staging": str(staging),
+            "spool": spool.to_json(),
             "row_group_rows": config.row_group_rows,
             "compression": config.compression,
-            **_spool_arguments(spool),
         }
-        for name, rows in shard_rows(placed).items()
+        for number, name in enumerate(names)
     ]
-    records = run_tasks("write", _shard_task, tasks, progress)
-    return [ShardRecord(**record, split=task["name"].partition("/")[0], rows=len(task["rows"])) for task, record in zip(tasks, records, strict=True)]
+    records = run_tasks("write", _shard_task, tasks, progress, workers=config.workers, weights=counts)
+    return [ShardRecord(**record, split=name.partition("/")[0], rows=count) for name, count, record in zip(names, counts, records, strict=True)]
 
 
-def _shard_task(
-    name: str, rows: list[dict[str, Any]], staging: str, row_group_rows: int, compression: str, files: list[str], counts: list[int], size_px: int
-) -> dict[str, Any]:
-    """Write one shard unless an interrupted run has written this very one: its note beside the spool says from which rows."""
-    note = Path(staging) / "work" / (name.replace("/", "-") + ".json")
-    plan = hashlib.sha256(canonical_json(rows)).hexdigest()
+def _runs(column: pa.ChunkedArray) -> tuple[list[str], list[int], list[int]]:
+    """Return value, first row and length of every run of equal values."""
+    runs = pc.run_end_encode(column.combine_chunks())
+    ends = runs.run_ends.to_numpy().astype(np.int64)
+    starts = np.concatenate([[0], ends[:-1]])
+    return runs.values.to_pylist(), starts.tolist(), (ends - starts).tolist()
+
+
+def _shard_task(number: int, name: str, staging: str, spool: dict[str, Any], row_group_rows: int, compression: str) -> dict[str, Any]:
+    """Write one shard unless an interrupted run has written this very one: its note in the work folder says from which rows."""
+    folder = Path(staging)
+    note = folder / "work" / (name.replace("/", "-") + ".json")
+    rows = pq.ParquetFile(folder / "work" / "plan.parquet").read_row_group(number)
+    plan = hashlib.sha256(str(rows.to_pydict()).encode()).hexdigest()
     try:
         found = json.loads(note.read_text(encoding="utf-8"))
-        if found["plan"] == plan and file_record(Path(staging), name) == found["record"]:
+        if found["plan"] == plan and file_record(folder, name) == found["record"]:
             return dict(found["record"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no note, or a part of one: write the shard
-    spool = Spool(tuple(map(Path, files)), tuple(counts), size_px)
-    record = write_shard(name, rows, spool, Path(staging), row_group_rows=row_group_rows, compression=compression)
+    record = write_shard(name, rows, Spool.from_json(spool), folder, row_group_rows=row_group_rows, compression=compression)
     write_json(note, {"plan": plan, "record": record})
     return record
 
 
-def _split_report(config: PrepareConfig, groups: Sequence[str], overlap_pairs: int | None, dealt: Dealt) -> SplitReport:
-    sizes = Counter(groups)
+def _pixels_by_id(patches: pa.Table, spool: Spool) -> Callable[[Sequence[str]], UInt8Array]:
+    ids, positions = patches["id"].combine_chunks(), patches["position"].to_numpy()
+
+    def pixels(wanted: Sequence[str]) -> UInt8Array:
+        rows: IntArray = pc.index_in(pa.array(wanted, pa.string()), value_set=ids).to_numpy().astype(np.int64)
+        return spool.take(positions[rows])
+
+    return pixels
+
+
+def _split_report(method: SplitMethod, config: PrepareConfig, grouping: Grouping, notes: list[str]) -> SplitReport:
+    sizes = Counter(grouping.groups.tolist())
     return SplitReport(
-        method=config.split,
+        method=method,
         seed=config.seed,
         ratios=config.ratios,
-        folds=config.folds,
+        folds=config.folds if method != "all" else None,
         groups=len(sizes),
         multi_patch_groups=sum(size > 1 for size in sizes.values()),
         largest_group_rows=max(sizes.values()),
-        overlap_pairs=overlap_pairs,
-        notes=dealt.notes,
+        overlap_pairs=None if grouping.overlaps is None else len(grouping.overlaps),
+        notes=notes,
     )

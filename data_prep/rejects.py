@@ -1,14 +1,11 @@
-"""Why an input was refused: the reasons, and the checks that need all decoded patches at once."""
+"""Why an input was refused, and the list of all that were."""
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
-from typing import Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sentinode.dataset import REJECTED_SCHEMA
 
@@ -17,7 +14,7 @@ class RejectReason(StrEnum):
     """Values of rejected.parquet's `reason` besides those of `sentinode.errors.PatchErrorCode`. Stable."""
 
     MISSING = "missing"
-    """The labels file names an id that has no image file."""
+    """The labels name an input that has no image file."""
     NO_LABEL = "no_label"
     """An image file that the labels file does not name."""
     BAD_LABEL = "bad_label"
@@ -25,7 +22,9 @@ class RejectReason(StrEnum):
     DUPLICATE_ID = "duplicate_id"
     """The id stands on several lines of the labels file, or several image files have it: all of them are refused."""
     NO_SLIDE = "no_slide"
-    """Splitting by slide, and the slides file does not name this id."""
+    """Splitting by slide, and this input's slide is unknown."""
+    NO_SPLIT = "no_split"
+    """Keeping the source's own splits, and it gives none for this input."""
     UNREADABLE = "unreadable"
     """The operating system could not read the file."""
     BLANK = "blank"
@@ -48,86 +47,13 @@ class Reject:
     detail: str
 
 
-@dataclass(frozen=True)
-class DecodedPatch:
-    """What is known of a decoded patch without its pixels.
-
-    Attributes
-    ----------
-    position : int
-        Place in the spool.
-    id, path, slide : str
-        As in the labels; `slide` None where unknown.
-    label : int
-        0 or 1.
-    pixel_sha1 : str
-        SHA-1 of the RGB pixels, 40 hex digits.
-    tissue_fraction : float
-        0..1.
-    flags : tuple of str
-        `pale`.
-    sums, sums_of_squares : tuple of int
-        Over all pixels, per channel, 8-bit values.
-    """
-
-    position: int
-    id: str
-    label: int
-    path: str
-    slide: str | None
-    pixel_sha1: str
-    tissue_fraction: float
-    flags: tuple[str, ...]
-    sums: tuple[int, int, int]
-    sums_of_squares: tuple[int, int, int]
-
-
-def check_all(patches: Sequence[DecodedPatch], check_ids: Literal["auto", "always", "never"]) -> tuple[list[DecodedPatch], list[Reject]]:
-    """Apply the checks across patches: ids against pixels first, then equal pixels.
-
-    Parameters
-    ----------
-    patches : sequence of DecodedPatch
-    check_ids : {"auto", "always", "never"}
-        `auto` compares ids where more than half of them are the SHA-1 of their pixels, as in the Kaggle set; elsewhere ids are only names.
-
-    Returns
-    -------
-    list of DecodedPatch sorted by id, and list of Reject
-    """
-    rejects = []
-    matching = sum(patch.id == patch.pixel_sha1 for patch in patches)
-    kept = list(patches)
-    if check_ids == "always" or (check_ids == "auto" and matching * 2 > len(patches)):
-        kept = [patch for patch in patches if patch.id == patch.pixel_sha1]
-        rejects += [
-            Reject(RejectReason.ID_MISMATCH, patch.id, patch.path, f"SHA-1 of the pixels is {patch.pixel_sha1}")
-            for patch in patches
-            if patch.id != patch.pixel_sha1
-        ]
-    twins: dict[str, list[DecodedPatch]] = defaultdict(list)
-    for patch in sorted(kept, key=lambda patch: patch.id):
-        twins[patch.pixel_sha1].append(patch)
-    accepted = []
-    for same in twins.values():
-        if len({patch.label for patch in same}) > 1:
-            for patch in same:
-                other = next(twin for twin in same if twin.label != patch.label)
-                detail = f"label {patch.label}, but {other.id} has the same pixels and label {other.label}"
-                rejects.append(Reject(RejectReason.LABEL_CONFLICT, patch.id, patch.path, detail))
-            continue
-        accepted.append(same[0])
-        rejects += [Reject(RejectReason.DUPLICATE_PIXELS, patch.id, patch.path, f"same pixels as {same[0].id}, which is kept") for patch in same[1:]]
-    return sorted(accepted, key=lambda patch: patch.id), rejects
-
-
 def count_reasons(rejects: Iterable[Reject]) -> dict[str, int]:
     """Reason -> refused inputs, sorted by reason."""
     return dict(sorted(Counter(str(reject.reason) for reject in rejects).items()))
 
 
-def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
-    """Write rejected.parquet (`sentinode.dataset.REJECTED_SCHEMA`), rows sorted."""
+def rejects_table(rejects: Iterable[Reject]) -> pa.Table:
+    """Return the rows of rejected.parquet (`sentinode.dataset.REJECTED_SCHEMA`), sorted."""
     ordered = sorted(rejects, key=lambda reject: (str(reject.reason), reject.id or "", reject.path or "", reject.detail))
     columns = {
         # A file name need not be UTF-8; Parquet strings must.
@@ -136,4 +62,4 @@ def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
         "reason": [str(reject.reason) for reject in ordered],
         "detail": [reject.detail for reject in ordered],
     }
-    pq.write_table(pa.table(columns, schema=REJECTED_SCHEMA), path)
+    return pa.table(columns, schema=REJECTED_SCHEMA)

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.rejects import DecodedPatch
+from data_prep.spool import IntArray
 
 SPLITS = ("train", "val", "test")
 TOLERANCE = 0.02
 """Prevalence, size and group-size mix of a split may differ by this much from what was asked before a note says so."""
 _SIZE_CLASSES = ((1, 1, "alone"), (2, 7, "in groups of 2 to 7"), (8, None, "in groups of 8 or more"))
 
+StrArray = npt.NDArray[np.str_]
 Counts = tuple[int, int]
 
 
@@ -23,16 +24,16 @@ class Dealt:
 
     Attributes
     ----------
-    split : dict of str to str
-        Group -> train, val or test.
-    fold : dict of str to int
-        Group -> fold, for the groups of train and val; empty without folds.
+    split : ndarray of str, shape (n,)
+        train, val or test.
+    fold : ndarray of int64, shape (n,)
+        -1 for none.
     notes : list of str
         What is not as asked, and why.
     """
 
-    split: dict[str, str]
-    fold: dict[str, int]
+    split: StrArray
+    fold: IntArray
     notes: list[str]
 
 
@@ -74,13 +75,13 @@ def deal_groups(groups: Mapping[str, Counts], ratios: Sequence[float], seed: int
     return dealt
 
 
-def deal(patches: Sequence[DecodedPatch], groups: Sequence[str], ratios: tuple[float, float, float], seed: int, folds: int | None = None) -> Dealt:
+def deal(labels: IntArray, groups: StrArray, ratios: tuple[float, float, float], seed: int, folds: int | None = None) -> Dealt:
     """Deal all patches to train, val and test, and those of train and val to folds.
 
     Parameters
     ----------
-    patches : sequence of DecodedPatch
-    groups : sequence of str
+    labels : ndarray of int64, shape (n,), 0 or 1
+    groups : ndarray of str, shape (n,)
         Group of each patch.
     ratios : tuple of float
         Shares of train, val and test.
@@ -88,39 +89,64 @@ def deal(patches: Sequence[DecodedPatch], groups: Sequence[str], ratios: tuple[f
     folds : int, optional
         Number of folds.
     """
-    labels = np.asarray([patch.label for patch in patches], np.int64)
-    names, member = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
+    names, member, counts = _count(labels, groups)
+    share_of = deal_groups(counts, ratios, seed)
+    share = np.asarray([share_of[name] for name in names], np.int64)[member]
+    split = np.asarray(SPLITS)[share]
+    notes = _notes(names, member, counts, share, dict(zip(SPLITS, ratios, strict=True)), "split")
+    fold, fold_notes = deal_folds(labels, groups, split, seed, folds)
+    return Dealt(split, fold, notes + fold_notes)
+
+
+def deal_folds(labels: IntArray, groups: StrArray, split: StrArray, seed: int, folds: int | None) -> tuple[IntArray, list[str]]:
+    """Deal the patches of train and val to folds; returns the fold of each patch, int64 (n,), -1 for none, and notes."""
+    fold = np.full(len(split), -1, np.int64)
+    rest = np.isin(split, ("train", "val"))
+    if folds is None or not rest.any():
+        return fold, []
+    names, member, counts = _count(labels[rest], groups[rest])
+    fold_of = deal_groups(counts, [1 / folds] * folds, seed)
+    fold[rest] = np.asarray([fold_of[name] for name in names], np.int64)[member]
+    return fold, _notes(names, member, counts, fold[rest], {str(number): 1 / folds for number in range(folds)}, "fold")
+
+
+def straddling(groups: StrArray, split: StrArray) -> list[str]:
+    """Return the groups that have patches in more than one split, sorted."""
+    pairs = np.unique(np.stack([groups, split], axis=1), axis=0)
+    names, counts = np.unique(pairs[:, 0], return_counts=True)
+    return [str(name) for name in names[counts > 1]]
+
+
+def _count(labels: IntArray, groups: StrArray) -> tuple[list[str], IntArray, dict[str, Counts]]:
+    """Return the groups sorted by name, the number of each patch's group among them, and each group's rows per class."""
+    names, member = np.unique(groups, return_inverse=True)
     table = np.zeros((len(names), 2), np.int64)
     np.add.at(table, (member, labels), 1)
-    counts = {str(name): (int(zero), int(one)) for name, (zero, one) in zip(names, table, strict=True)}
-    split = {group: SPLITS[share] for group, share in deal_groups(counts, ratios, seed).items()}
-    notes = _notes(counts, split, dict(zip(SPLITS, ratios, strict=True)), "split")
-    fold: dict[str, int] = {}
-    if folds is not None:
-        rest = {group: counts[group] for group in counts if split[group] != "test"}
-        fold = deal_groups(rest, [1 / folds] * folds, seed)
-        notes += _notes(rest, {group: str(number) for group, number in fold.items()}, {str(k): 1 / folds for k in range(folds)}, "fold")
-    return Dealt(split, fold, notes)
+    listed = [str(name) for name in names]
+    return listed, member.astype(np.int64), {name: (zero, one) for name, (zero, one) in zip(listed, table.tolist(), strict=True)}
 
 
 def _digest(seed: int, text: str) -> str:
     return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
 
 
-def _notes(counts: Mapping[str, Counts], share_of: Mapping[str, str], ratios: Mapping[str, float], what: str) -> list[str]:
-    """Say where a share differs by more than the tolerance from the whole, and what kept the dealing from doing better."""
-    rows = np.asarray([counts[group] for group in counts], np.float64).reshape(-1, 2)
-    sizes = rows.sum(axis=1)
-    shares = np.asarray([share_of[group] for group in counts])
-    total = sizes.sum()
-    if not total:
-        return []
-    reason = f"the largest of {len(sizes)} groups holds {sizes.max() / total:.1%} of {total:.0f} rows"
+def _notes(names: list[str], member: IntArray, counts: Mapping[str, Counts], share: IntArray, ratios: Mapping[str, float], what: str) -> list[str]:
+    """Say where the shares are not as asked. `member` and `share` are per patch; `names` and `counts` per group."""
+    rows = np.asarray([counts[name] for name in names], np.float64).reshape(-1, 2)
+    sizes, total = rows.sum(axis=1), float(rows.sum())
+    shares = np.zeros(len(names), np.int64)
+    shares[member] = share
+    largest = int(sizes.argmax())
+    reason = f"the largest of {len(sizes)} groups holds {sizes[largest] / total:.1%} of {total:.0f} rows"
     notes = []
-    for name, ratio in ratios.items():
+    for number, (name, ratio) in enumerate(ratios.items()):
         if ratio == 0:
             continue
-        inside = shares == name
+        if sizes[largest] > ratio * total:
+            notes.append(
+                f"{what} {name}: group {names[largest]} alone ({sizes[largest]:.0f} rows) is larger than its share of {ratio * total:.0f} rows"
+            )
+        inside = shares == number
         size = sizes[inside].sum()
         if not size:
             notes.append(f"{what} {name} is empty: {reason}")

@@ -1,8 +1,9 @@
 """Decoded pixels on disk between the stages: one raw file of uint8 per decode block, read through memory maps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +24,19 @@ def anchors_path(work: Path, block: int) -> Path:
 
 
 def metadata_path(work: Path, block: int) -> Path:
-    """Parquet file with one row per input of a block; written last, so its presence says that the block is complete."""
+    """Parquet file with one row per input of a block (`decode.DECODED_SCHEMA`); written last, so its presence says that the block is complete."""
     return work / f"block-{block:05d}.parquet"
+
+
+def checksums(images: UInt8Array) -> npt.NDArray[np.uint64]:
+    """Return a checksum of each patch, uint8 (n, side, side, 3) -> uint64 (n,): the sum of its bytes, eight at a time, modulo 2^64.
+
+    It tells a patch from a page of zeros and from any other patch that may lie in its place, for a fifth of what a SHA-1 costs.
+    """
+    flat = images.reshape(len(images), images[0].size if len(images) else 0)
+    whole = flat.shape[1] // 8 * 8
+    sums: npt.NDArray[np.uint64] = np.ascontiguousarray(flat[:, :whole]).view(np.uint64).sum(axis=1, dtype=np.uint64)
+    return sums + flat[:, whole:].sum(axis=1, dtype=np.uint64)
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,15 @@ class Spool:
 
     def __len__(self) -> int:
         return sum(self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` makes an equal spool of."""
+        return {"files": [str(path) for path in self.files], "rows": list(self.rows), "size_px": self.size_px}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Spool":
+        """Make a spool of what `to_json` returned."""
+        return cls(tuple(map(Path, content["files"])), tuple(content["rows"]), content["size_px"])
 
     @property
     def starts(self) -> IntArray:

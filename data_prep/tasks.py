@@ -1,9 +1,10 @@
 """Running the blocks of one stage as Ray Data tasks: quietly, with progress, and with errors that keep their type."""
 
+import errno
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
@@ -12,13 +13,28 @@ from ray.exceptions import RayError
 
 from sentinode.errors import SentinodeError, one_line, root_of
 
-Progress = Callable[[str, int, int], None]
-"""Called as progress(stage, done, total)."""
+
+class Progress(Protocol):
+    """Told how far a stage is."""
+
+    def __call__(self, stage: str, done: int, total: int, unit: str = "patches") -> None:
+        """`done` of `total` units; a stage begins with what an earlier run has done."""
+
 
 _RESULT_SCHEMA = pa.schema([("number", pa.int64()), ("result", pa.string()), ("error", pa.string())])
 
 
-def run_tasks(stage: str, function: Callable[..., Any], work: Sequence[dict[str, Any]], progress: Progress) -> list[Any]:
+def run_tasks(
+    stage: str,
+    function: Callable[..., Any],
+    work: Sequence[dict[str, Any]],
+    progress: Progress,
+    *,
+    workers: int | None = None,
+    weights: Sequence[int] | None = None,
+    unit: str = "patches",
+    done: int = 0,
+) -> list[Any]:
     """Run `function(**item)` for every item on the cluster; Ray repeats what a lost worker or node took with it.
 
     Parameters
@@ -29,7 +45,15 @@ def run_tasks(stage: str, function: Callable[..., Any], work: Sequence[dict[str,
         A module-level function; its arguments and result must be JSON values, and repeating it must do no harm.
     work : sequence of dict
         Keyword arguments of each call.
-    progress : callable
+    progress : Progress
+    workers : int, optional
+        Calls that run at a time, one CPU each; default as many as the cluster has CPUs.
+    weights : sequence of int, optional
+        Units that each call does, for progress; default 1.
+    unit : str
+        What is counted.
+    done : int
+        Units that an earlier run has done.
 
     Returns
     -------
@@ -45,24 +69,31 @@ def run_tasks(stage: str, function: Callable[..., Any], work: Sequence[dict[str,
         return []
     tables = [pa.table({"number": [number], "arguments": [json.dumps(item)]}) for number, item in enumerate(work)]
     results: list[Any] = [None] * len(work)
-    progress(stage, 0, len(work))
-    done = 0
+    units = [1] * len(work) if weights is None else list(weights)
+    total, came_back = done + sum(units), 0
+    progress(stage, done, total, unit)
     with _quiet_context():
         dataset = ray.data.from_arrow(tables).map_batches(
-            _call, batch_size=None, batch_format="pyarrow", compute=ray.data.TaskPoolStrategy(), num_cpus=1, fn_kwargs={"function": function}
+            _call,
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.TaskPoolStrategy(size=workers),
+            num_cpus=1,
+            fn_kwargs={"function": function},
         )
         try:
             for row in dataset.iter_rows():
                 if row["error"] is not None:
                     raise SentinodeError(f"{stage} failed: {row['error']}")
                 results[row["number"]] = json.loads(row["result"])
-                done += 1
-                progress(stage, done, len(work))
+                came_back += 1
+                done += units[row["number"]]
+                progress(stage, done, total, unit)
         except RayError as error:
             root = root_of(error)
             raise SentinodeError(f"{stage} failed: {type(root).__name__}: {one_line(root)}") from error
-    if done != len(work):
-        raise SentinodeError(f"{stage} failed: {done} of {len(work)} results came back")
+    if came_back != len(work):
+        raise SentinodeError(f"{stage} failed: {came_back} of {len(work)} results came back")
     return results
 
 
@@ -76,9 +107,15 @@ def _call(batch: pa.Table, function: Callable[..., Any]) -> pa.Table:
         except SentinodeError as error:
             failure = str(error)
         except OSError as error:
-            failure = f"{type(error).__name__}: {error}"
+            failure = what_failed(error)
         rows.append({"number": number, "result": result, "error": failure})
     return pa.Table.from_pylist(rows, schema=_RESULT_SCHEMA)
+
+
+def what_failed(error: OSError) -> str:
+    """Return an error of the operating system as the end of one line, with what to do about a full disk."""
+    text = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+    return text + ("; make room and run the same command again, it continues" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "")
 
 
 @contextmanager

@@ -56,6 +56,7 @@ class PatchErrorCode(StrEnum):
     NOT_AN_IMAGE = "not_an_image"
     FORMAT_NOT_ALLOWED = "format_not_allowed"
     TRUNCATED = "truncated"
+    DECOMPRESSION_BOMB = "decompression_bomb"
     WRONG_SIZE = "wrong_size"
     WRONG_MODE = "wrong_mode"
     SEVERAL_PAGES = "several_pages"

@@ -1,6 +1,7 @@
 """The manifests as typed models. Their JSON Schemas lie in sentinode/schemas, made from these by `python -m sentinode.manifests`."""
 
 import json
+import os
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -8,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sentinode.config import ReviewRule, Rgb
 from sentinode.errors import ManifestError
+from sentinode.locations import Location, locate
 from sentinode.storage import local_path, read_manifest_json
 
 DATASET_FORMAT_VERSION = 2
@@ -286,8 +288,8 @@ class PredictionsManifest(Manifest):
     git_commit: str | None
 
 
-def read_dataset_manifest(data: str | Path) -> DatasetManifest:
-    """Read `<data>/dataset.json`.
+def read_dataset_manifest(data: str | os.PathLike[str] | Location) -> DatasetManifest:
+    """Read `<data>/dataset.json`; `data` is a path or URI.
 
     Raises
     ------
@@ -295,9 +297,10 @@ def read_dataset_manifest(data: str | Path) -> DatasetManifest:
         `data` is not a prepared data set.
     ManifestError
         The manifest is malformed or of another format version.
+    StorageError
+        The storage does not answer.
     """
-    folder = local_path(data)
-    return _parse(DatasetManifest, folder, "dataset.json", "prepared data set", DATASET_FORMAT_VERSION)
+    return _parse(DatasetManifest, locate(data), "dataset.json", "prepared data set", DATASET_FORMAT_VERSION)
 
 
 def read_bundle_manifest(bundle: str | Path) -> BundleManifest:
@@ -315,7 +318,7 @@ def read_predictions_manifest(folder: str | Path) -> PredictionsManifest:
     return _parse(PredictionsManifest, local_path(folder), "_manifest.json", "folder of predictions", PREDICTIONS_FORMAT_VERSION)
 
 
-def _parse(model: type[ManifestT], folder: Path, name: str, what: str, newest: int) -> ManifestT:
+def _parse(model: type[ManifestT], folder: Path | Location, name: str, what: str, newest: int) -> ManifestT:
     content = read_manifest_json(folder, name, what, newest)
     try:
         return model(**content)

@@ -25,6 +25,7 @@ KINDS: dict[str, ProblemKind] = {
     PatchErrorCode.NOT_AN_IMAGE: ProblemKind(422, "The file is not an image"),
     PatchErrorCode.FORMAT_NOT_ALLOWED: ProblemKind(415, "The image format is not accepted"),
     PatchErrorCode.TRUNCATED: ProblemKind(422, "The image is truncated or damaged"),
+    PatchErrorCode.DECOMPRESSION_BOMB: ProblemKind(422, "The image claims to be far too large"),
     PatchErrorCode.WRONG_SIZE: ProblemKind(422, "The image has the wrong size"),
     PatchErrorCode.WRONG_MODE: ProblemKind(422, "The image has the wrong colour mode"),
     PatchErrorCode.SEVERAL_PAGES: ProblemKind(422, "The file holds several images"),

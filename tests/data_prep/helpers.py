@@ -7,7 +7,6 @@ import numpy as np
 from PIL import Image
 
 from data_prep.overlap import is_overlap
-from data_prep.rejects import DecodedPatch
 from data_prep.spool import Spool
 from sentinode.images import UInt8Array
 
@@ -30,10 +29,6 @@ def write_source(folder: Path, patches: dict[str, UInt8Array], labels: dict[str,
         lines.append(f"{id_},{labels[id_] if labels else number % 2}")
     (folder / "train_labels.csv").write_text("\n".join(lines) + "\n")
     return folder
-
-
-def patch(id_: str, label: int, *, position: int = 0, pixel_sha1: str | None = None) -> DecodedPatch:
-    return DecodedPatch(position, id_, label, f"train/{id_}.tif", None, pixel_sha1 or id_, 1.0, (), (0, 0, 0), (0, 0, 0))
 
 
 def make_spool(folder: Path, images: UInt8Array, block_rows: int = 7) -> tuple[Spool, list[UInt8Array]]:

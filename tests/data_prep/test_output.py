@@ -18,29 +18,27 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_folders_that_hold_anything_else_are_never_replaced(source: Path, tmp_path: Path) -> None:
-    request = request_of(PrepareConfig(), source)
-    assert not is_complete(request, tmp_path / "new")
+    assert not is_complete(request_of(PrepareConfig(), source, tmp_path / "new"))
     (tmp_path / "empty").mkdir()
-    assert not is_complete(request, tmp_path / "empty")
+    assert not is_complete(request_of(PrepareConfig(), source, tmp_path / "empty"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     (tmp_path / "file").write_text("")
     for out, message in [("mine", "no prepared data set"), ("file", "not a folder"), ("source", "holds the source"), (".", "holds the source")]:
         with pytest.raises(UsageError, match=message):
-            is_complete(request, tmp_path / out, overwrite=True)
+            is_complete(request_of(PrepareConfig(), source, tmp_path / out, overwrite=True))
 
 
 def test_a_manifest_that_cannot_be_read_names_overwrite(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "dataset.json").write_text("{")
-    request = request_of(PrepareConfig(), source)
     with pytest.raises(UsageError, match="--overwrite"):
-        is_complete(request, tmp_path / "out")
-    assert not is_complete(request, tmp_path / "out", overwrite=True)
+        is_complete(request_of(PrepareConfig(), source, tmp_path / "out"))
+    assert not is_complete(request_of(PrepareConfig(), source, tmp_path / "out", overwrite=True))
 
 
 def test_without_ray_prepare_says_so_and_writes_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(SentinodeError, match="Ray does not run"):
-        prepare(PrepareConfig(), source, tmp_path / "out")
+        prepare(request_of(PrepareConfig(), source, tmp_path / "out"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]

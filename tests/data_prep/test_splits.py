@@ -1,63 +1,65 @@
 import numpy as np
 import pytest
 
-from data_prep.splits import TOLERANCE, deal, deal_groups
-from tests.data_prep.helpers import patch
+from data_prep.splits import TOLERANCE, deal, deal_groups, straddling
 
 RATIOS = (0.7, 0.15, 0.15)
 
 
-def population(seed: int, single: int = 3000, grouped: int = 150) -> tuple[list, list[str]]:
+def population(seed: int, single: int = 3000, grouped: int = 150) -> tuple[np.ndarray, np.ndarray]:
     """Mostly lone patches of mixed label, and groups up to 60 that are mostly tumour, as in the real set."""
     rng = np.random.default_rng(seed)
-    patches, groups = [], []
+    labels, groups = [], []
     sizes = [1] * single + [int(min(60, 1 + rng.geometric(0.25))) for _ in range(grouped)]
     for number, size in enumerate(sizes):
-        for member in range(size):
-            label = int(rng.random() < (0.36 if size == 1 else 0.7))
-            patches.append(patch(f"{number:05d}-{member}", label))
+        for _ in range(size):
+            labels.append(int(rng.random() < (0.36 if size == 1 else 0.7)))
             groups.append(f"{number:05d}-0")
-    return patches, groups
+    return np.asarray(labels, np.int64), np.asarray(groups)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_group_straddles_and_every_split_looks_like_the_whole(seed: int) -> None:
-    patches, groups = population(seed)
-    dealt = deal(patches, groups, RATIOS, seed, folds=5)
+    labels, groups = population(seed)
+    dealt = deal(labels, groups, RATIOS, seed, folds=5)
     assert dealt.notes == []
-    labels = np.asarray([p.label for p in patches])
-    multi = np.asarray([groups.count(g) > 1 for g in dict.fromkeys(groups)])
-    is_multi = dict(zip(dict.fromkeys(groups), multi, strict=True))
-    grouped = np.asarray([is_multi[g] for g in groups])
-    split = np.asarray([dealt.split[g] for g in groups])
+    assert straddling(groups, dealt.split) == []
+    _, member, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    grouped = sizes[member] > 1
     for name, ratio in zip(("train", "val", "test"), RATIOS, strict=True):
-        inside = split == name
+        inside = dealt.split == name
         assert abs(inside.mean() - ratio) < TOLERANCE
         assert abs(labels[inside].mean() - labels.mean()) < TOLERANCE
         assert abs(grouped[inside].mean() - grouped.mean()) < TOLERANCE
-    fold = np.asarray([dealt.fold.get(g, -1) for g in groups])
-    assert ((fold == -1) == (split == "test")).all()
+    assert ((dealt.fold == -1) == (dealt.split == "test")).all()
+    assert straddling(groups, dealt.fold.astype(str)) == []
     for number in range(5):
-        assert abs(labels[fold == number].mean() - labels[fold >= 0].mean()) < TOLERANCE
+        assert abs(labels[dealt.fold == number].mean() - labels[dealt.fold >= 0].mean()) < TOLERANCE
 
 
 def test_dealing_does_not_depend_on_the_order_of_patches() -> None:
-    patches, groups = population(1)
-    order = np.random.default_rng(0).permutation(len(patches))
-    shuffled = deal([patches[k] for k in order], [groups[k] for k in order], RATIOS, 42, folds=3)
-    assert shuffled == deal(patches, groups, RATIOS, 42, folds=3)
+    labels, groups = population(1)
+    order = np.random.default_rng(0).permutation(len(labels))
+    straight, shuffled = deal(labels, groups, RATIOS, 42, folds=3), deal(labels[order], groups[order], RATIOS, 42, folds=3)
+    assert np.array_equal(shuffled.split, straight.split[order])
+    assert np.array_equal(shuffled.fold, straight.fold[order])
 
 
 def test_another_seed_deals_otherwise() -> None:
-    patches, groups = population(1)
-    assert deal(patches, groups, RATIOS, 1).split != deal(patches, groups, RATIOS, 2).split
+    labels, groups = population(1)
+    assert not np.array_equal(deal(labels, groups, RATIOS, 1).split, deal(labels, groups, RATIOS, 2).split)
 
 
 def test_a_split_that_cannot_be_even_is_explained() -> None:
-    patches = [patch(f"{k:03d}", k % 2) for k in range(100)]
-    groups = ["000"] * 50 + [p.id for p in patches[50:]]
-    notes = deal(patches, groups, RATIOS, 42).notes
+    labels = np.arange(100) % 2
+    groups = np.asarray(["000"] * 50 + [f"{k:03d}" for k in range(50, 100)])
+    notes = deal(labels, groups, RATIOS, 42).notes
     assert any("in groups of 8 or more" in note and "the largest of 51 groups holds 50.0% of 100 rows" in note for note in notes)
+    assert "split test: group 000 alone (50 rows) is larger than its share of 15 rows" in notes
+
+
+def test_a_group_with_patches_in_two_splits_is_named() -> None:
+    assert straddling(np.asarray(["a", "b", "a", "c", "b"]), np.asarray(["train", "val", "test", "val", "val"])) == ["a"]
 
 
 def test_a_share_of_zero_gets_nothing() -> None:
@@ -67,5 +69,5 @@ def test_a_share_of_zero_gets_nothing() -> None:
 
 
 def test_empty_splits_of_a_tiny_set_are_explained() -> None:
-    notes = deal([patch("a", 1)], ["a"], RATIOS, 42).notes
+    notes = deal(np.asarray([1]), np.asarray(["a"]), RATIOS, 42).notes
     assert any(note.startswith("split val is empty") for note in notes)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from sentinode.errors import PatchError, PatchErrorCode
-from sentinode.images import UInt8Array, decode_patch
+from sentinode.images import UInt8Array, _plain_tiff, decode_patch
 from tests.factories import random_patches
 from tests.sentinode.image_files import LONG, SHORT, encode, png, rgb_tiff, tiff, tiled_grey_tiff
 
@@ -270,3 +270,59 @@ def test_decoding_does_not_depend_on_what_was_decoded_before() -> None:
     for data, _ in REFUSED.values():
         outcome(data)
     np.testing.assert_array_equal(outcome(GOOD["png"]), first)
+
+
+def kaggle_like_tiff(pixels: UInt8Array) -> bytes:
+    """What tifffile wrote for the Kaggle set: description and software before one uncompressed strip."""
+    side = len(pixels)
+    text = [*b"{}  "]
+    entries = [(254, LONG, [0]), (256, LONG, [side]), (257, LONG, [side]), (258, SHORT, [8, 8, 8]), (259, SHORT, [1]), (262, SHORT, [2])]
+    more = [(270, SHORT, text), (273, LONG, [-1]), (277, SHORT, [3]), (278, LONG, [side]), (279, LONG, [pixels.size]), (284, SHORT, [1])]
+    return tiff([*entries, *more, (339, SHORT, [1])], pixels.tobytes())
+
+
+def by_pillow(data: bytes) -> UInt8Array | PatchErrorCode:
+    """The answer without the short way for plain files."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("sentinode.images._plain_tiff", lambda data, size_px: None)
+        return answer(data)
+
+
+def answer(data: bytes) -> UInt8Array | PatchErrorCode:
+    try:
+        return decode_patch(data, size_px=96)
+    except PatchError as error:
+        return error.code
+
+
+@pytest.mark.parametrize("make", [rgb_tiff, kaggle_like_tiff, encode])
+def test_plain_tiffs_take_the_short_way_and_give_what_pillow_gives(make: Callable[[UInt8Array], bytes]) -> None:
+    pixels = random_patches(1)[0]
+    data = make(pixels)
+    short = _plain_tiff(data, 96)
+    assert short is not None
+    assert np.array_equal(short, pixels)
+    assert np.array_equal(by_pillow(data), pixels)
+
+
+@pytest.mark.parametrize("make", [rgb_tiff, kaggle_like_tiff])
+def test_the_short_way_never_gives_other_pixels_than_pillow_whatever_byte_of_the_header_is_changed(make: Callable[[UInt8Array], bytes]) -> None:
+    """Where both give pixels they are the same ones; where the short way gives any, Pillow knows no better."""
+    whole = make(random_patches(1)[0])
+    taken = 0
+    for place in range(len(whole) - 96 * 96 * 3):
+        for change in (1, 2, 4, 8, 16, 32, 64, 128, 255):
+            data = whole[:place] + bytes([whole[place] ^ change]) + whole[place + 1 :]
+            short = _plain_tiff(data, 96)
+            if short is None:
+                continue
+            taken += 1
+            slow = by_pillow(data)
+            assert isinstance(slow, np.ndarray), (place, change, slow)
+            assert np.array_equal(short, slow), (place, change)
+    assert taken  # a changed description, for instance, is no reason
+
+
+@pytest.mark.parametrize("keep", [0, 3, 8, 9, 10, 100, 200, -1, -27648])
+def test_a_plain_tiff_that_is_cut_off_is_not_plain(keep: int) -> None:
+    assert _plain_tiff(kaggle_like_tiff(random_patches(1)[0])[:keep], 96) is None
