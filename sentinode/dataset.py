@@ -1,6 +1,7 @@
-"""Reading a prepared data set. Files are found through dataset.json only."""
+"""Reading a prepared data set, on disk or in an object store. Files are found through dataset.json only."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +13,9 @@ import pyarrow.parquet as pq
 
 from sentinode.errors import ManifestError, UsageError
 from sentinode.images import UInt8Array
-from sentinode.manifests import DatasetManifest, FileRecord, ShardRecord, SplitCounts, read_dataset_manifest
-from sentinode.storage import local_path, sha256_file
+from sentinode.locations import Location, locate
+from sentinode.manifests import DatasetManifest, ShardRecord, read_dataset_manifest
+from sentinode.retries import try_local
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -117,15 +119,26 @@ class Patches:
 
 @dataclass(frozen=True)
 class PreparedDataset:
-    """A finished output of prepare."""
+    """A finished output of prepare. What reads it raises StorageError where the storage does not answer."""
 
-    path: Path
+    location: Location
     manifest: DatasetManifest
 
     @classmethod
-    def open(cls, data: str | Path) -> "PreparedDataset":
+    def open(cls, data: str | os.PathLike[str] | Location) -> "PreparedDataset":
         """Open by its manifest; raises like `read_dataset_manifest`."""
-        return cls(local_path(data), read_dataset_manifest(data))
+        location = locate(data)
+        return cls(location, read_dataset_manifest(location))
+
+    @property
+    def path(self) -> Path | Location:
+        """Where it lies: a Path if that is on this machine."""
+        return self.location.local if self.location.is_local else self.location
+
+    @property
+    def root(self) -> Location:
+        """What the paths in the manifest are relative to."""
+        return self.location / self.manifest.root
 
     def shards(self, split: str) -> list[ShardRecord]:
         """Return the shards of one split, in order.
@@ -143,10 +156,11 @@ class PreparedDataset:
     @cached_property
     def index(self) -> pa.Table:
         """index.parquet, one row per patch; raises like `read_shard`."""
+        file = self.root / "index.parquet"
         try:
-            return pq.read_table(self.path / "index.parquet", schema=INDEX_SCHEMA)
-        except (OSError, pa.ArrowException) as error:
-            raise _unreadable(self.path / "index.parquet", error) from error
+            return _read_parquet(file, INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise _unreadable(file, error) from error
 
     def read_shard(self, shard: ShardRecord) -> Patches:
         """Read one shard.
@@ -158,10 +172,10 @@ class PreparedDataset:
         """
         table = self._read_table(shard, ["id", "label", "group", "image"])
         if table["label"].null_count:
-            raise UsageError(f"{self.path / shard.path}: unlabelled rows; training and evaluation need labels")
+            raise UsageError(f"{self.root / shard.path}: unlabelled rows; training and evaluation need labels")
         labels = table["label"].to_numpy().astype(np.int64)
         if not np.isin(labels, (0, 1)).all():
-            raise ManifestError(f"{self.path / shard.path}: labels other than 0 and 1")
+            raise ManifestError(f"{self.root / shard.path}: labels other than 0 and 1")
         return Patches(
             ids=np.asarray(table["id"].to_pylist(), dtype=np.str_),
             labels=labels,
@@ -175,18 +189,13 @@ class PreparedDataset:
         return table["id"].to_pylist(), column_to_images(table["image"], self.manifest.patch_size_px)
 
     def _read_table(self, shard: ShardRecord, columns: list[str]) -> pa.Table:
-        path = self.path / shard.path
+        file = self.root / shard.path
         try:
-            table = pq.read_table(path, columns=columns, partitioning=None)
+            table = _read_parquet(file, columns)
         except (OSError, pa.ArrowException) as error:
-            raise _unreadable(path, error) from error
-        if table.num_rows != shard.rows:
-            raise ManifestError(f"{path}: {table.num_rows} rows, but dataset.json says {shard.rows}")
-        for field in map(row_schema(self.manifest.patch_size_px).field, columns):
-            if (found := table.schema.field(field.name).type) != field.type:
-                raise ManifestError(f"{path}: column {field.name} is of type {found}, not {field.type}")
-            if not field.nullable and table[field.name].null_count:
-                raise ManifestError(f"{path}: nulls in column {field.name}")
+            raise _unreadable(file, error) from error
+        if problem := shape_problem(table, shard, columns, self.manifest.patch_size_px):
+            raise ManifestError(f"{file}: {problem}")
         return table
 
     def read_split(self, split: str) -> Patches:
@@ -213,66 +222,49 @@ class PreparedDataset:
         rows = concatenate([self.read_split(split) for split in ("train", "val") if split in self.manifest.counts])
         fold_of = dict(zip(self.index["id"].to_pylist(), self.index["fold"].to_pylist(), strict=True))
         if not fold_of.keys() >= set(rows.ids.tolist()):
-            raise ManifestError(f"{self.path / 'index.parquet'}: rows of the shards are missing; `sentinode verify` checks the whole data set")
+            raise ManifestError(f"{self.root / 'index.parquet'}: rows of the shards are missing; `sentinode verify` checks the whole data set")
         validates = np.asarray([fold_of[id_] == fold for id_ in rows.ids.tolist()])
         if validates.all() or not validates.any():
             raise UsageError(f"{self.path}: fold {fold} leaves {(~validates).sum()} rows to train on and {validates.sum()} to validate on")
         return rows.take(~validates), rows.take(validates)
 
     def verify(self) -> list[str]:
-        """Re-check every checksum and count; return one line per problem, none if the data set is whole."""
-        problems = []
-        records: list[FileRecord] = [*self.manifest.shards, *self.manifest.files]
-        for record in records:
-            path = self.path / record.path
-            if not path.is_file():
-                problems.append(f"{record.path}: missing")
-            elif path.stat().st_size != record.bytes:
-                problems.append(f"{record.path}: {path.stat().st_size} bytes, expected {record.bytes}")
-            elif sha256_file(path) != record.sha256:
-                problems.append(f"{record.path}: sha256 differs")
-        return problems or [*self._verify_rows(), *self._verify_index()]
+        """Re-check every file, row and pixel; return one line per problem, none if the data set is whole (`sentinode.dataset_checks`)."""
+        from sentinode.dataset_checks import problems_of
 
-    def _verify_rows(self) -> list[str]:
-        problems = []
-        rows = dict.fromkeys(self.manifest.counts, 0)
-        for shard in self.manifest.shards:
-            rows[shard.split] = rows.get(shard.split, 0) + shard.rows
-            if (found := pq.read_metadata(self.path / shard.path).num_rows) != shard.rows:
-                problems.append(f"{shard.path}: {found} rows, dataset.json says {shard.rows}")
-        for split, found in rows.items():
-            expected = self.manifest.counts[split].rows if split in self.manifest.counts else 0
-            if found != expected:
-                problems.append(f"{split}: shards hold {found} rows, counts say {expected}")
-        return problems
-
-    def _verify_index(self) -> list[str]:
-        problems = []
-        splits = np.asarray(self.index["split"].to_pylist(), dtype=np.str_)
-        labels = np.asarray(self.index["label"].fill_null(-1).to_pylist(), dtype=np.int64)
-        groups = np.asarray(self.index["group"].to_pylist(), dtype=np.str_)
-        for split, counts in self.manifest.counts.items():
-            own = splits == split
-            normal, metastatic, unlabelled = (int((labels[own] == label).sum()) for label in (0, 1, -1))
-            found = SplitCounts(rows=int(own.sum()), normal=normal, metastatic=metastatic, unlabelled=unlabelled, groups=len(np.unique(groups[own])))
-            for name, value in found:
-                if value != getattr(counts, name):
-                    problems.append(f"{split}: index.parquet holds {value} {name}, counts say {getattr(counts, name)}")
-        if self.index.num_rows != (total := sum(shard.rows for shard in self.manifest.shards)):
-            problems.append(f"index.parquet: {self.index.num_rows} rows, shards hold {total}")
-        if fingerprint(self.index) != self.manifest.fingerprint:
-            problems.append("index.parquet: does not give the fingerprint of dataset.json")
-        return problems
+        return problems_of(self)
 
 
-def _unreadable(path: Path, error: Exception) -> ManifestError:
-    return ManifestError(f"{path}: cannot be read ({str(error).splitlines()[0]}); `sentinode verify` checks the whole data set")
+def _read_parquet(file: Location, columns: list[str]) -> pa.Table:
+    if file.is_local:
+        return try_local(file.uri, lambda: pq.read_table(file.uri, columns=columns, partitioning=None))
+    # One read of everything: nearly all of a shard is pixels, and each of the small reads of a Parquet reader would be a request.
+    return pq.read_table(pa.BufferReader(file.read_bytes()), columns=columns)
+
+
+def shape_problem(table: pa.Table, shard: ShardRecord, columns: list[str], patch_size_px: int) -> str | None:
+    """Return what is wrong with the rows and columns of a shard, None if nothing is."""
+    if table.num_rows != shard.rows:
+        return f"{table.num_rows} rows, but dataset.json says {shard.rows}"
+    for field in map(row_schema(patch_size_px).field, columns):
+        if field.name not in table.schema.names:
+            return f"no column {field.name}"
+        if (found := table.schema.field(field.name).type) != field.type:
+            return f"column {field.name} is of type {found}, not {field.type}"
+        if not field.nullable and table[field.name].null_count:
+            return f"nulls in column {field.name}"
+    return None
+
+
+def _unreadable(file: Location, error: Exception) -> ManifestError:
+    return ManifestError(f"{file}: cannot be read ({str(error).splitlines()[0]}); `sentinode verify` checks the whole data set")
 
 
 def fingerprint(index: pa.Table) -> str:
-    """Return the SHA-256 over the lines `id,label,split,pixel_sha1` of an index, sorted by id."""
+    """Return the SHA-256 over the lines `id,label,split,pixel_sha1` of an index, sorted by id; an unknown label is an empty field."""
     rows = sorted(zip(*(index[name].to_pylist() for name in ("id", "label", "split", "pixel_sha1")), strict=True), key=lambda row: str(row[0]))
-    return hashlib.sha256("".join(f"{id_},{label},{split},{sha1}\n" for id_, label, split, sha1 in rows).encode()).hexdigest()
+    lines = (f"{id_},{'' if label is None else label},{split},{sha1}\n" for id_, label, split, sha1 in rows)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def concatenate(parts: list[Patches]) -> Patches:

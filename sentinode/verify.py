@@ -7,12 +7,13 @@ import pyarrow.parquet as pq
 from sentinode.bundle import Bundle
 from sentinode.dataset import PreparedDataset
 from sentinode.errors import ManifestNotFoundError
+from sentinode.locations import Location, locate
 from sentinode.manifests import read_bundle_manifest, read_predictions_manifest
-from sentinode.storage import local_path, sha256_file
+from sentinode.storage import sha256_file
 
 
-def verify_folder(path: str | Path) -> tuple[str, list[str]]:
-    """Re-check every checksum and count of a data set, a bundle or a folder of predictions.
+def verify_folder(path: str | Path | Location) -> tuple[str, list[str]]:
+    """Re-check every checksum and count of a data set (on disk or in an object store), a bundle or a folder of predictions.
 
     Returns
     -------
@@ -25,10 +26,15 @@ def verify_folder(path: str | Path) -> tuple[str, list[str]]:
         The folder has none of the three manifests.
     ManifestError
         Its manifest is malformed or of another format version.
+    StorageError
+        The storage does not answer.
     """
-    folder = local_path(path)
-    if (folder / "dataset.json").exists():
-        return "prepared data set", PreparedDataset.open(folder).verify()
+    location = locate(path)
+    if (location / "dataset.json").exists():
+        return "prepared data set", PreparedDataset.open(location).verify()
+    if not location.is_local:
+        raise ManifestNotFoundError(f"{location}: nothing to verify (no dataset.json there; bundles and predictions are verified on disk only)")
+    folder = location.local
     if (folder / "bundle.json").exists():
         return "model bundle", Bundle(folder, read_bundle_manifest(folder)).verify()
     if (folder / "_manifest.json").exists():

@@ -23,7 +23,7 @@ def _logits(dataset: PreparedDataset) -> pa.Table:
 
 def test_a_leaky_split_is_said_in_the_headline(dataset: PreparedDataset, tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
-    leaky = PreparedDataset(dataset.path, dataset.manifest.model_copy(update={"leak_level": "none"}))
+    leaky = PreparedDataset(dataset.location, dataset.manifest.model_copy(update={"leak_level": "none"}))
     report = make_report(_logits(dataset), bundle, leaky, EvaluateConfig())
     assert report.headline.startswith("LEAKY SPLIT")
     assert report.headline in render(report)

@@ -1,5 +1,6 @@
 """Reading a prepared data set, and finding every kind of damage to one."""
 
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +12,27 @@ import pyarrow.parquet as pq
 import pytest
 
 from sentinode.dataset import INDEX_SCHEMA, PreparedDataset, column_to_images, concatenate, fingerprint, images_to_column, row_schema
-from sentinode.errors import ManifestError, ManifestNotFoundError, UsageError
+from sentinode.errors import ManifestError, ManifestNotFoundError, StorageError, UsageError
+from sentinode.locations import locate
+from sentinode.publishing import publish
 from sentinode.storage import file_record, write_json
+from sentinode.verify import verify_folder
 from tests.factories import learnable_patches, make_dataset, random_patches
+from tests.s3 import FlakyServer
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
     return make_dataset(tmp_path_factory.mktemp("original") / "data", train=40, val=20, test=10)
+
+
+@pytest.fixture
+def in_store(original: PreparedDataset, s3_folder: str, tmp_path: Path) -> PreparedDataset:
+    """The same, published to an object store."""
+    staging = Path(shutil.copytree(original.path, tmp_path / "staging"))
+    edit_manifest(staging, lambda content: content.update(root="parts-1", format_version=2))
+    publish(staging, locate(s3_folder), "dataset.json")
+    return PreparedDataset.open(s3_folder)
 
 
 @pytest.fixture
@@ -247,7 +261,7 @@ def test_every_damaged_file_is_listed(folder: Path) -> None:
         (lambda content: content["counts"]["val"].update(groups=9), "val: index.parquet holds 10 groups, counts say 9"),
         (lambda content: content["counts"].pop("test"), "test: shards hold 10 rows, counts say 0"),
         (lambda content: content["shards"].pop(), "index.parquet: 70 rows, shards hold 60"),
-        (lambda content: content["shards"][1].update(rows=19), "val/part-00000.parquet: 20 rows, dataset.json says 19"),
+        (lambda content: content["shards"][1].update(rows=19), "val/part-00000.parquet: 20 rows, but dataset.json says 19"),
         (lambda content: content["shards"][1].update(split="test"), "val: shards hold 0 rows, counts say 20"),
         (lambda content: content.update(fingerprint="0" * 64), "index.parquet: does not give the fingerprint of dataset.json"),
     ],
@@ -272,6 +286,133 @@ def test_an_index_that_was_rewritten_is_found_although_its_checksum_is_right(
     assert problem in PreparedDataset.open(folder).verify()
 
 
+def column(table: pa.Table, name: str, edit: Callable[[list[Any]], object]) -> pa.Table:
+    """The table with one column edited in place as a list."""
+    values = table[name].to_pylist()
+    edit(values)
+    return table.set_column(table.schema.get_field_index(name), table.schema.field(name), pa.array(values, table.schema.field(name).type))
+
+
+def brighten(images: list[bytes]) -> None:
+    images[3] = bytes([images[3][0] ^ 1]) + images[3][1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "problem"),
+    [
+        ("id", lambda values: values.reverse(), "id differs from the index in 20 rows, the first is row 0"),
+        ("label", lambda values: values.__setitem__(2, 1 - values[2]), "label differs from the index in 1 rows, the first is row 2"),
+        ("group", lambda values: values.__setitem__(19, "x"), "group differs from the index in 1 rows, the first is row 19"),
+        ("slide", lambda values: values.__setitem__(0, "s"), "slide differs from the index in 1 rows, the first is row 0"),
+        ("image", brighten, "pixels differ from pixel_sha1 of the index in 1 rows, the first is row 3"),
+    ],
+)
+def test_a_shard_that_contradicts_the_index_is_found_although_its_checksum_is_right(
+    folder: Path, name: str, edit: Callable[[list[Any]], object], problem: str
+) -> None:
+    rewrite(folder, "val/part-00000.parquet", lambda table: column(table, name, edit))
+    assert PreparedDataset.open(folder).verify() == [f"val/part-00000.parquet: {problem}"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        (lambda index: column(index, "row", lambda rows: rows.__setitem__(1, 0)), "train/part-00000.parquet: the index has 40 rows of it"),
+        (lambda index: column(index, "shard", lambda shards: shards.__setitem__(1, shards[-1])), "rows name a shard that is none of their split"),
+        (lambda index: column(index, "id", lambda ids: ids.__setitem__(1, ids[0])), "index.parquet: 1 ids stand in it more than once"),
+        (lambda index: column(index, "group", lambda groups: groups.__setitem__(0, groups[-1])), "index.parquet: 1 groups stand in several splits"),
+        (lambda index: column(index, "fold", lambda folds: folds.__setitem__(0, folds[0] + 1)), "index.parquet: 1 groups stand in several folds"),
+        (lambda index: column(index, "fold", lambda folds: folds.__setitem__(0, 3)), "index.parquet: 1 rows have a fold that they should not have"),
+        (lambda index: column(index, "fold", lambda folds: folds.__setitem__(-1, 0)), "index.parquet: 1 rows have a fold that they should not have"),
+        (lambda index: index.drop_columns("pixel_sha1"), "cannot be read"),
+    ],
+)
+def test_an_index_that_contradicts_itself_or_the_shards_is_found(folder: Path, edit: Callable[[pa.Table], pa.Table], problem: str) -> None:
+    rewrite(folder, "index.parquet", edit)
+    assert [line for line in PreparedDataset.open(folder).verify() if problem in line]
+
+
+@pytest.mark.parametrize("method", ["random", "predefined", "all"])
+def test_groups_may_straddle_where_the_split_promises_nothing(folder: Path, method: str) -> None:
+    rewrite(folder, "index.parquet", lambda index: column(index, "group", lambda groups: groups.__setitem__(0, groups[-1])))
+    edit_manifest(folder, lambda content: content["split"].update(method=method))
+    assert not [line for line in PreparedDataset.open(folder).verify() if "straddl" in line or "several" in line]
+
+
+def test_a_shard_that_is_no_parquet_is_one_line(folder: Path) -> None:
+    (folder / "val/part-00000.parquet").write_bytes(b"hello")
+    rewritten = file_record(folder, "val/part-00000.parquet")
+    edit_manifest(folder, lambda content: content["shards"][1].update(rewritten))
+    (problem,) = PreparedDataset.open(folder).verify()
+    assert problem.startswith("val/part-00000.parquet: cannot be read (")
+    assert "\n" not in problem
+
+
+def test_an_index_that_the_manifest_does_not_list_is_found(folder: Path) -> None:
+    edit_manifest(folder, lambda content: content["files"].clear())
+    assert PreparedDataset.open(folder).verify() == ["index.parquet: not listed in dataset.json"]
+
+
+def test_files_that_the_manifest_does_not_list_are_of_no_concern(folder: Path) -> None:
+    (folder / "train" / "part-99999.parquet").write_bytes(b"hello")
+    (folder / "notes.txt").write_text("mine")
+    assert PreparedDataset.open(folder).verify() == []
+
+
+def test_a_data_set_in_an_object_store_is_that_on_disk(in_store: PreparedDataset, original: PreparedDataset) -> None:
+    assert in_store.index == original.index
+    assert str(in_store.path) == in_store.location.uri
+    for fold in (None, 1):
+        for found, expected in zip(in_store.read_train_and_val(fold), original.read_train_and_val(fold), strict=True):
+            for name in ("ids", "labels", "groups", "images"):
+                np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    ids, images = pickle.loads(pickle.dumps(in_store)).read_pixels(in_store.manifest.shards[0])  # noqa: S301
+    assert ids == original.read_split("train").ids.tolist()
+    assert images.shape == (40, 96, 96, 3)
+
+
+def test_a_data_set_in_an_object_store_is_verified(in_store: PreparedDataset) -> None:
+    assert verify_folder(in_store.location) == ("prepared data set", [])
+    shard = in_store.root / "train/part-00000.parquet"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    (in_store.root / "val/part-00000.parquet").write_bytes(b"")
+    (in_store.root / "test/part-00000.parquet").remove()
+    assert verify_folder(in_store.location.uri)[1][:3] == [
+        "train/part-00000.parquet: sha256 differs",
+        f"val/part-00000.parquet: 0 bytes, expected {in_store.manifest.shards[1].bytes}",
+        "test/part-00000.parquet: missing",
+    ]
+
+
+def test_sentinode_verify_reads_an_object_store(in_store: PreparedDataset, capsys: pytest.CaptureFixture[str]) -> None:
+    from ray_jobs.cli import main
+
+    assert main(["verify", in_store.location.uri]) == 0
+    assert "a whole prepared data set" in capsys.readouterr().out
+    assert main(["verify", f"{in_store.location.uri}/nothing"]) == 2
+    assert "nothing to verify" in capsys.readouterr().err
+
+
+def test_a_store_that_does_not_answer_is_no_damage(
+    in_store: PreparedDataset, flaky_s3: FlakyServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ray_jobs.cli import main
+
+    monkeypatch.setenv("SENTINODE_STORAGE_PATIENCE_S", "0")
+    flaky_s3.forever = "503"
+    for read in (in_store.verify, lambda: in_store.read_split("train"), lambda: PreparedDataset.open(in_store.location)):
+        with pytest.raises(StorageError, match="does not answer"):
+            read()
+    assert main(["verify", in_store.location.uri]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "the storage does not answer" in line
+
+
+def test_a_bucket_that_is_not_there_is_no_data_set(s3_folder: str) -> None:
+    assert refusal(lambda: PreparedDataset.open("s3://no-such-bucket/data"), ManifestNotFoundError).startswith("not a prepared data set: s3://")
+
+
 def relabelled(index: pa.Table) -> pa.Table:
     labels = index["label"].to_pylist()
     labels[labels.index(1)] = 0
@@ -286,8 +427,8 @@ def index_of(*rows: dict[str, Any]) -> pa.Table:
 def test_the_fingerprint_is_that_of_ids_labels_splits_and_pixels_in_the_order_of_ids() -> None:
     a = {"id": "a", "label": 1, "split": "train", "pixel_sha1": "00"}
     b = {"id": "b", "label": None, "split": "all", "pixel_sha1": "11"}
-    # printf 'a,1,train,00\nb,None,all,11\n' | sha256sum
-    assert fingerprint(index_of(a, b)) == "813d8f0f11d360f8d31d3e33a1fab93fab86d098401bb3bc43fa6569f69c3e56"
+    # printf 'a,1,train,00\nb,,all,11\n' | sha256sum
+    assert fingerprint(index_of(a, b)) == "6c82bb78f9b971af30d20f9477a5aaa4724f079d56ec27565b47eac9dc930263"
     assert fingerprint(index_of(a, b)) == fingerprint(index_of(b, a))
     assert fingerprint(index_of(a, b)) == fingerprint(index_of(a | {"group": "other", "slide": "s1", "row": 7}, b))
     for change in ({"label": 0}, {"split": "val"}, {"pixel_sha1": "01"}, {"id": "c"}):
