@@ -3,8 +3,8 @@
 The labels file is the source of truth; every disagreement with the folder becomes a reject.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import pyarrow as pa
 
@@ -22,6 +22,8 @@ from sentinode.locations import Location
 
 LABELS_NAME = "train_labels.csv"
 IMAGES_NAME = "train"
+
+_T = TypeVar("_T")
 
 
 def open_kaggle(config: PrepareConfig, where: Location, *, labels: Location | None = None, slides: Location | None = None) -> Source:
@@ -52,10 +54,7 @@ def open_kaggle(config: PrepareConfig, where: Location, *, labels: Location | No
     cells = read_text_table(content, f"labels file {labels}", ("id", "label"), (), column_names(config))
     if not len(cells):
         raise UsageError(f"labels file {labels}: no rows below the header")
-    paths: dict[str, list[str]] = defaultdict(list)
-    for name in listing.names:
-        paths[stem_of(name)].append(prefix + name)
-    entries, rejects = _join(cells, paths, slide_of)
+    entries, rejects = _join(cells, [prefix + name for name in listing.names], list(map(stem_of, listing.names)), slide_of)
     if not entries.num_rows:
         cells.refuse_if_all_labels_are_bad(rejects)
         _refuse_if_all_files_are_missing(cells, rejects, f"{folder}; the first image is {listing.names[0]!r}")
@@ -70,21 +69,19 @@ def open_kaggle(config: PrepareConfig, where: Location, *, labels: Location | No
     )
 
 
-def _join(cells: Cells, paths: Mapping[str, list[str]], slide_of: Mapping[str, str]) -> tuple[pa.Table, list[Reject]]:
-    """Match lines and files by id."""
-    several = repeated(cells.columns["id"])
-    lines_of: dict[str, list[int]] = defaultdict(list)
-    for line, id_ in zip(cells.lines, cells.columns["id"], strict=True) if several else ():
-        if id_ in several:
-            lines_of[id_].append(line)
+def _join(cells: Cells, paths: list[str], stems: list[str], slide_of: Mapping[str, str]) -> tuple[pa.Table, list[Reject]]:
+    """Match lines and files by id; `stems` are the ids of the files."""
+    path_of = dict(zip(stems, paths, strict=True))
+    # Lists only where they are needed: a list per patch would triple time and memory.
+    lines_of = _collect(cells.columns["id"], cells.lines)
+    paths_of = _collect(stems, paths)
     ids: list[str] = []
     labels: list[int] = []
     files: list[str] = []
     rejects: list[Reject] = []
     for row, (line, id_, label) in enumerate(zip(cells.lines, cells.columns["id"], cells.columns["label"], strict=True)):
-        named = paths.get(id_, [])
-        path = named[0] if named else None
-        if id_ in several:
+        path = path_of.get(id_)
+        if id_ in lines_of:
             rejects.append(Reject(RejectReason.DUPLICATE_ID, id_, path, f"line {line}; the id stands on lines {_listed(lines_of[id_])}"))
         elif row in cells.ragged:
             rejects.append(Reject(RejectReason.BAD_LABEL, id_, path, cells.wrong_width(row)))
@@ -92,14 +89,19 @@ def _join(cells: Cells, paths: Mapping[str, list[str]], slide_of: Mapping[str, s
             rejects.append(Reject(RejectReason.BAD_LABEL, id_, path, f"line {line} has label {label[:40]!r}; expected 0 or 1"))
         elif path is None:
             rejects.append(Reject(RejectReason.MISSING, id_, None, f"line {line} names an id that has no image file"))
-        elif len(named) > 1:
-            rejects += [Reject(RejectReason.DUPLICATE_ID, id_, name, f"several files have this id: {', '.join(named)}") for name in named]
+        elif id_ in paths_of:
+            detail = f"several files have this id: {_listed(paths_of[id_])}"
+            rejects += [Reject(RejectReason.DUPLICATE_ID, id_, name, detail) for name in paths_of[id_]]
         else:
             ids.append(id_)
             labels.append(int(label))
             files.append(path)
-    for id_ in sorted(paths.keys() - set(cells.columns["id"])):
-        rejects += [Reject(RejectReason.NO_LABEL, id_, name, "the labels file does not name this file") for name in paths[id_]]
+    unnamed = path_of.keys() - set(cells.columns["id"])
+    rejects += [
+        Reject(RejectReason.NO_LABEL, stem, path, "the labels file does not name this file")
+        for stem, path in zip(stems, paths, strict=True)
+        if stem in unnamed
+    ]
     return entry_table(id=ids, label=labels, path=files, slide=list(map(slide_of.get, ids))), rejects
 
 
@@ -113,5 +115,15 @@ def _refuse_if_all_files_are_missing(cells: Cells, rejects: Sequence[Reject], im
         )
 
 
-def _listed(lines: list[int]) -> str:
-    return ", ".join(map(str, lines[:5])) + (", …" if len(lines) > 5 else "")
+def _collect(ids: Sequence[str], values: Sequence[_T]) -> dict[str, list[_T]]:
+    """Return the values of each id that stands there more than once."""
+    several = repeated(ids)
+    found: dict[str, list[_T]] = {id_: [] for id_ in several}
+    for id_, value in zip(ids, values, strict=True) if several else ():
+        if id_ in several:
+            found[id_].append(value)
+    return found
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values[:5])) + (", …" if len(values) > 5 else "")
