@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.labels import read_source
 from data_prep.overlap import is_overlap
+from data_prep.sources.detect import open_source
 from data_prep.synth import synthesize
+from sentinode.config import PrepareConfig
 from sentinode.errors import UsageError
 
 COUNT = 240
@@ -37,13 +38,15 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_layout_is_kaggles_and_ids_are_the_sha1_of_the_pixels(folder: Path) -> None:
-    source = read_source(folder, slides=folder / "slides.csv", need_slides=True)
-    assert len(source.entries) == COUNT
+    source = open_source(PrepareConfig(), str(folder), slides=str(folder / "slides.csv"))
+    assert source.kind == "kaggle"
+    assert source.entries.num_rows == COUNT
+    assert source.entries["slide"].null_count == 0
     assert not source.rejects
-    for entry in source.entries:
-        image = pixels(folder, entry.id)
+    for id_ in source.entries["id"].to_pylist():
+        image = pixels(folder, id_)
         assert image.shape == (96, 96, 3)
-        assert hashlib.sha1(image.tobytes()).hexdigest() == entry.id
+        assert hashlib.sha1(image.tobytes()).hexdigest() == id_
 
 
 def test_the_label_is_one_exactly_where_the_centre_holds_tumour(folder: Path) -> None:
