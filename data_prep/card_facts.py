@@ -284,7 +284,7 @@ def refusals(manifest: DatasetManifest, rejected: pa.Table) -> list[Refusals]:
 
 def count_flags(index: pa.Table) -> dict[str, int]:
     """Flag -> accepted patches that carry it, `pale` and `duplicate` first, whether they occur or not."""
-    found = Counter(flag for flags in index["flags"].to_pylist() for flag in flags or ())
+    found = Counter(pc.list_flatten(index["flags"]).to_pylist())
     return {flag: found[flag] for flag in ("pale", "duplicate", *sorted(set(found) - {"pale", "duplicate"}))}
 
 

@@ -193,8 +193,8 @@ def html(request: pytest.FixtureRequest) -> str:
     return html_of(request.param)
 
 
-def words(card: Card) -> str:
-    return Page(card.html()).words()
+def words(make: Callable[[], Card]) -> str:
+    return Page(html_of(make)).words()
 
 
 def test_every_kind_of_data_set_gives_a_whole_page_with_all_sections(html: str) -> None:
@@ -242,31 +242,32 @@ def test_those_who_cannot_see_the_page_are_told_what_is_on_it(html: str) -> None
 
 @pytest.mark.parametrize("make", [overlap_card, slide_card, unlabelled_card])
 def test_the_same_data_set_gives_the_same_page(make: Callable[[], Card]) -> None:
-    assert make().html() == make().html()
+    assert make().html() == html_of(make)
 
 
 def test_every_leak_level_is_explained_and_a_leaky_one_loudly() -> None:
-    for card in (overlap_card(), slide_card(), unlabelled_card()):
-        assert LEAK_MEANING[card.manifest.leak_level] in words(card)
-        assert not [one for one in Page(card.html()).all("p") if one.get("class") == "alarm"]
-    page = Page(leaky_card().html())
+    for make in (overlap_card, slide_card, unlabelled_card):
+        page = Page(html_of(make))
+        assert LEAK_MEANING[make().manifest.leak_level] in page.words()
+        assert not [one for one in page.all("p") if one.get("class") == "alarm"]
+    page = Page(html_of(leaky_card))
     assert LEAK_MEANING["none"] in page.words()
     assert [one for one in page.all("p") if one.get("class") == "alarm"]
 
 
 def test_pairs_that_straddle_splits_are_counted() -> None:
-    assert "1 of the pairs (100.0 %) lies in different splits" in words(leaky_card())
-    assert "None of the pairs lies in different splits" in words(overlap_card())
+    assert "1 of the pairs (100.0 %) lies in different splits" in words(leaky_card)
+    assert "None of the pairs lies in different splits" in words(overlap_card)
 
 
 def test_not_searched_for_and_none_found_are_told_apart() -> None:
-    assert "Not searched for." in words(slide_card())
-    assert "Searched for; none found." in words(folds_card())
+    assert "Not searched for." in words(slide_card)
+    assert "Searched for; none found." in words(folds_card)
 
 
 def test_an_example_pair_is_drawn_with_its_common_part_outlined() -> None:
-    html = overlap_card().html()
-    text = words(overlap_card())
+    html = html_of(overlap_card)
+    text = words(overlap_card)
     assert "41.7 % of the patch in common" in text  # 80 x 48 of 96 x 96
     assert "16 pixels above and 48 pixels right of the first" in text
     boxes = re.findall(r'<rect class="shared over" x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', html)
@@ -276,7 +277,7 @@ def test_an_example_pair_is_drawn_with_its_common_part_outlined() -> None:
 
 
 def test_refusals_show_their_meaning_and_the_first_five() -> None:
-    text = words(overlap_card())
+    text = words(overlap_card)
     assert "7 of 67 inputs" in text
     assert REASON_MEANING["blank"] in text
     assert "the first 5 of 7" in text
@@ -286,7 +287,7 @@ def test_refusals_show_their_meaning_and_the_first_five() -> None:
 
 
 def test_no_refusals_are_said_plainly() -> None:
-    assert "None. Every input was accepted." in words(folds_card())
+    assert "None. Every input was accepted." in words(folds_card)
 
 
 def test_every_reason_of_a_refusal_has_a_meaning() -> None:
@@ -296,13 +297,13 @@ def test_every_reason_of_a_refusal_has_a_meaning() -> None:
 def test_a_reason_that_is_not_known_is_shown_all_the_same() -> None:
     card = overlap_card()
     card.manifest = card.manifest.model_copy(update={"rejected": {"of_tomorrow": 1}})
-    assert "of_tomorrow" in words(card)
+    assert "of_tomorrow" in Page(card.html()).words()
 
 
 def test_what_makes_a_group_is_said() -> None:
-    assert "A group holds patches that share pixels" in words(overlap_card())
-    assert "Each patch is a group of its own" in words(leaky_card())
-    assert "The largest slides" in words(slide_card())
+    assert "A group holds patches that share pixels" in words(overlap_card)
+    assert "Each patch is a group of its own" in words(leaky_card)
+    assert "The largest slides" in words(slide_card)
 
 
 def test_the_whole_is_no_second_line_where_there_is_one_split() -> None:
@@ -310,32 +311,32 @@ def test_the_whole_is_no_second_line_where_there_is_one_split() -> None:
     assert "whole" not in Page(card.html()).words()
     card.index = index_of([{"id": f"u{number:03d}", "label": number % 2, "split": "all"} for number in range(40)])
     card.manifest = manifest_of(card.index, leak_level="unsplit", split_changes={"method": "all"})
-    assert "split patches share groups normal metastatic prevalence all 40 100.0 % 40 20 20 50.0 %" in words(card)
-    assert "Difference" not in words(card)
+    assert "split patches share groups normal metastatic prevalence all 40 100.0 % 40 20 20 50.0 %" in Page(card.html()).words()
+    assert "Difference" not in Page(card.html()).words()
 
 
 def test_notes_of_the_split_are_shown() -> None:
-    assert "split val: few rows" in words(overlap_card())
+    assert "split val: few rows" in words(overlap_card)
 
 
 def test_flagged_patches_are_counted() -> None:
-    assert "pale 1 Hardly any stain" in words(overlap_card())
-    assert "duplicate 0 Same pixels" in words(overlap_card())
+    assert "pale 1 Hardly any stain" in words(overlap_card)
+    assert "duplicate 0 Same pixels" in words(overlap_card)
 
 
 def test_samples_show_each_class_of_each_split() -> None:
-    alts = [image["alt"] or "" for image in Page(overlap_card().html()).all("img")]
+    alts = [image["alt"] or "" for image in Page(html_of(overlap_card)).all("img")]
     for split in ("train", "val", "test"):
         for name in ("Normal", "Metastatic"):
             assert sum(alt.startswith(name) and alt.endswith(f"of split {split}") for alt in alts) in range(5, 9)
 
 
 def test_a_class_without_patches_in_a_split_is_said() -> None:
-    assert words(tiny_card()).count("No such patches in this split.") == 3
+    assert words(tiny_card).count("No such patches in this split.") == 3
 
 
 def test_samples_without_labels_are_shown_too() -> None:
-    page = Page(unlabelled_card().html())
+    page = Page(html_of(unlabelled_card))
     assert len(page.all("img")) == 24
     assert "prevalence – no labels" in page.words()
 
@@ -344,11 +345,11 @@ def test_channel_figures_of_the_samples_are_those_of_their_pixels() -> None:
     card = tiny_card()
     pixels = pixels_of(96)(["val"])[0].reshape(-1, 3) / 255
     figures = " ".join(f"{value:.4f}" for value in (*pixels.mean(axis=0), *pixels.std(axis=0)))
-    assert f"val, sample 1 {figures}" in words(card)
+    assert f"val, sample 1 {figures}" in Page(card.html()).words()
 
 
 def test_slides_are_counted_per_split() -> None:
-    text = words(slide_card())
+    text = words(slide_card)
     assert "9 slides" in text
     assert "None has patches in more than one split." in text
     assert "train 3 30 10 10 10" in text
@@ -365,7 +366,7 @@ def test_slides_that_straddle_splits_are_counted() -> None:
 
 
 def test_folds_are_compared_with_all_folds_together() -> None:
-    assert "Folds over the rows of train and val" in words(folds_card())
+    assert "Folds over the rows of train and val" in words(folds_card)
     folds = fold_balance(Rows.of(folds_card().index))
     assert [fold.rows for fold in folds] == [15, 15, 15]
     assert sum(fold.difference or 0 for fold in folds) == pytest.approx(0)
@@ -426,7 +427,7 @@ def test_texts_of_any_length_do_not_swell_the_page() -> None:
 
 
 def test_large_patches_are_reduced_to_keep_the_page_small() -> None:
-    html = large_patches_card().html()
+    html = html_of(large_patches_card)
     assert "reduced to 96 pixels" in html
     assert len(html) < 2_000_000
 
@@ -460,9 +461,9 @@ def test_a_full_sized_set_gives_a_small_page_quickly() -> None:
         }
     )
     card = Card(manifest, index, overlaps=overlaps)
-    start = time.perf_counter()
+    start = time.process_time()  # not the clock on the wall: other tests may run beside this one
     html = card.html()
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert len(html) < 2_000_000
     assert "800,000 pairs" in Page(html).words()
 
