@@ -2,7 +2,6 @@
 
 import errno
 import importlib.util
-import io
 import os
 import shutil
 import stat
@@ -13,24 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-import fsspec
-
 from sentinode.errors import ConfigError, StorageError
+from sentinode.object_store import PACKAGES, ObjectFile, file_system, path_in, read_objects, stamp_of
 from sentinode.retries import store_meaning, store_waits, try_local, try_store
 from sentinode.storage import local_path, temporary_path, write_bytes_atomic
 
 _T = TypeVar("_T")
 
-# Scheme -> the package that fsspec needs for it, and how to get that.
-_PACKAGES = {
-    "s3": ("s3fs", "pip install 'sentinode[s3]'"),
-    "gs": ("gcsfs", "pip install gcsfs"),
-    "az": ("adlfs", "pip install adlfs"),
-    "abfs": ("adlfs", "pip install adlfs"),
-}
-_CONCURRENT_READS = 64
 _CONCURRENT_REMOVALS = 16
-_READ_AHEAD_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -137,7 +126,7 @@ class Location:
         waits, wanted = store_waits(), list(range(len(names)))
         while True:
             failure = None
-            for position, result in zip(wanted, self._read_together([self / names[position] for position in wanted]), strict=True):
+            for position, result in zip(wanted, read_objects(self._scheme, [(self / names[position]).uri for position in wanted]), strict=True):
                 meaning = store_meaning(result, (self / names[position]).uri) if isinstance(result, Exception) else result
                 if isinstance(meaning, (bytes, FileNotFoundError)):
                     results[position] = meaning
@@ -153,22 +142,11 @@ class Location:
                 raise failure
             time.sleep(wait)
 
-    def _read_together(self, locations: Sequence["Location"]) -> Sequence[bytes | Exception]:
-        files = _files(self._scheme)
-        paths = [_path_in(files, location.uri) for location in locations]
-        # Without it s3fs asks for the size of each object first, which doubles the requests.
-        options = {"max_concurrency": 1} if self._scheme == "s3" else {}
-        nothing = [None] * len(paths)
-        return cast(
-            Sequence[bytes | Exception], files.cat_ranges(paths, nothing, nothing, on_error="return", batch_size=_CONCURRENT_READS, **options)
-        )
-
     def open_input(self) -> BinaryIO:
         """Open a file for reading, seekable; pyarrow.parquet and h5py take it. What is read whole is read faster with `read_bytes`."""
         if self.is_local:
             return try_local(self.uri, lambda: open(self.uri, "rb"))
-        raw = _ObjectFile(self, self.size())
-        return cast(BinaryIO, io.BufferedReader(raw, _READ_AHEAD_BYTES))
+        return ObjectFile(self.size(), lambda start, end: self._ask(lambda files, path: files.cat_file(path, start=start, end=end))).buffered()
 
     def entries(self, *, recursive: bool = False) -> list[Entry]:
         """List a folder, sorted by name: its files and folders, or with `recursive` all files below it. One request lists a thousand objects.
@@ -184,7 +162,7 @@ class Location:
             return sorted(_local_entries(self.uri, recursive), key=lambda entry: entry.name)
         path, infos = self._ask(lambda files, path: (path, files.find(path, detail=True).values() if recursive else files.ls(path, detail=True)))
         entries = [
-            Entry(info["name"][len(path) + 1 :], 0 if is_dir else int(info["size"]), "" if is_dir else _stamp_of(info), is_dir)
+            Entry(info["name"][len(path) + 1 :], 0 if is_dir else int(info["size"]), "" if is_dir else stamp_of(info), is_dir)
             for info in infos
             # Keys that end in "/" are markers that some tools write for folders.
             if (is_dir := info["type"] == "directory") or not info["name"].endswith("/")
@@ -264,8 +242,8 @@ class Location:
         """Run an action with the file system and the path in it, with retries."""
 
         def run() -> _T:
-            files = _files(self._scheme)
-            return action(files, _path_in(files, self.uri))
+            files = file_system(self._scheme)
+            return action(files, path_in(files, self.uri))
 
         return try_store(self.uri, run)
 
@@ -284,41 +262,19 @@ def locate(uri: str | os.PathLike[str] | Location) -> Location:
     scheme, separator, rest = text.partition("://")
     if not separator or scheme == "file":
         return Location(os.fspath(local_path(text)))
-    if scheme not in _PACKAGES:
-        raise ConfigError(f"{text}: {scheme}:// is not supported; use a local path or one of {', '.join(f'{known}://' for known in _PACKAGES)}")
+    if scheme not in PACKAGES:
+        raise ConfigError(f"{text}: {scheme}:// is not supported; use a local path or one of {', '.join(f'{known}://' for known in PACKAGES)}")
     bucket, _, key = rest.partition("/")
     user, at, _ = bucket.partition("@")
     if at and ":" in user:
         raise ConfigError(f"{scheme}://…: credentials do not belong in a URI; docs/storage.md says where they do")
     if not bucket:
         raise ConfigError(f"{text}: expected {scheme}://BUCKET/FOLDER")
-    package, command = _PACKAGES[scheme]
+    package, command = PACKAGES[scheme]
     if importlib.util.find_spec(package) is None:
         raise ConfigError(f"{scheme}:// needs {package}: {command}")
     parts = [part for part in key.split("/") if part]
     return Location("/".join([f"{scheme}://{bucket}", *parts]))
-
-
-def _files(scheme: str) -> Any:
-    """Return the fsspec file system, which keeps one client per process."""
-    if scheme != "s3":
-        return fsspec.filesystem(scheme, use_listings_cache=False)
-    # Both botocore and s3fs would retry, the attempts of the one times those of the other; one patience, ours, ends when it says.
-    client = {"retries": {"mode": "standard", "total_max_attempts": 1}, "max_pool_connections": _CONCURRENT_READS}
-    files = fsspec.filesystem("s3", use_listings_cache=False, config_kwargs=client)
-    files.retries = 1
-    return files
-
-
-def _path_in(files: Any, uri: str) -> str:
-    return str(files._strip_protocol(uri))
-
-
-def _stamp_of(info: dict[str, Any]) -> str:
-    for name in ("ETag", "etag", "generation", "LastModified", "last_modified", "mtime"):
-        if info.get(name):
-            return str(info[name]).strip('"')
-    return ""
 
 
 def _content_or_error(location: Location) -> bytes | OSError:
@@ -351,32 +307,3 @@ def _local_entries(folder: str, recursive: bool, prefix: str = "", above: frozen
                 yield Entry(name, found.st_size, str(found.st_mtime_ns))
             except OSError:  # a dangling link: who reads it will say so
                 yield Entry(name, 0, "unreadable")
-
-
-class _ObjectFile(io.RawIOBase):
-    """An object as a seekable file; every read is one request for a range, with retries."""
-
-    def __init__(self, location: Location, size: int) -> None:
-        self._location, self._size, self._position = location, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._position = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence])
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        start, end = self._position, min(self._position + len(buffer), self._size)
-        if start >= end:
-            return 0
-        data = self._location._ask(lambda files, path: files.cat_file(path, start=start, end=end))
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)

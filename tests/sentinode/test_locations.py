@@ -266,7 +266,7 @@ def test_a_store_that_stays_down_is_one_line_within_the_patience(
         started = time.monotonic()
         with pytest.raises(StorageError) as caught:
             action()
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30
         assert str(caught.value).startswith(s3_folder)
         assert "the storage does not answer (" in str(caught.value)
         assert "\n" not in str(caught.value)
