@@ -140,7 +140,8 @@ def _chosen(pixels: UInt32Array, side: int, along: int, across: int, salt: np.ui
     # Equal neighbours hash to 0, so a window of one colour does too, and 0 is never chosen.
     ranks = np.subtract(whole, np.uint32(1), out=buffers.other[: len(whole)])
     index = np.flatnonzero(np.less(ranks, np.uint32(round(density(side) * (2**32 - 1))), out=buffers.chosen[: len(whole)]))
-    row, column = (index // side) % side, index % side
+    line = index // side
+    row, column = line % side, index - line * side
     position, lane = (column, row) if along == 1 else (row, column)
     inside = position <= side - length  # the flat pixels know no borders
     index, position, lane = index[inside], position[inside], lane[inside]

@@ -6,6 +6,7 @@ standard deviation of its 8-bit values is above 6. Candidates and overlaps trave
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -97,6 +98,7 @@ class Packing:
         dy, dx = ((packed >> below) & offset).astype(np.int64) - self.side, (packed & offset).astype(np.int64) - self.side
         return Overlaps((packed >> above).astype(np.int64), ((packed >> between) & patch).astype(np.int64), dy, dx)
 
+    @cached_property
     def counting_offsets(self) -> npt.NDArray[np.bool_]:
         """Tell for every value of the lower bits (dy + side, dx + side) whether the common part is large enough, bool (4^offset_bits,)."""
         offsets = np.abs(np.arange(1 << self.offset_bits) - self.side)
@@ -136,21 +138,29 @@ def _is_textured(values: bytes) -> bool:
     return False
 
 
-def join(hashes: UInt64Array, places: IntArray, guards: UInt32Array, packing: Packing, part_bits: int = 0) -> UInt64Array:
-    """Return the candidates that some anchors speak for, packed, ascending, each once.
+def empty_memory() -> UInt64Array:
+    """Return an empty memory for `join`."""
+    return np.zeros(1 << _SEEN_BITS, np.uint64)
+
+
+def join(hashes: UInt64Array, places: IntArray, guards: UInt32Array, packing: Packing, range_bits: int, seen: UInt64Array) -> UInt64Array:
+    """Return the candidates that some anchors speak for, packed, in no order; most of them once.
 
     Parameters
     ----------
     hashes : ndarray of uint64, shape (k,)
-        Their upper `part_bits` bits are all the same.
+        Their upper `range_bits` bits are all the same.
     places : ndarray of int64, shape (k,)
         (patch * side + y) * side + x, ascending among equal hashes.
     guards : ndarray of uint32, shape (k,)
         See `anchors.agree`.
     packing : Packing
-    part_bits : int
+    range_bits : int
+    seen : ndarray of uint64, shape (2^n,)
+        Candidates that were returned a short while ago, and are not returned again; `empty_memory()` before the first join. A true pair has some 270
+        anchors in common, so this saves most of the sorting. Candidates that push each other out of it come again.
     """
-    members, ends = _shared(hashes, part_bits)
+    members, ends = _shared(hashes, range_bits)
     guards = guards[members]
     patches, within = np.divmod(places[members], packing.side * packing.side)
     # The packed candidate of two anchors is a sum: (second, dy, dx) of an anchor enter with opposite signs when it comes second.
@@ -160,24 +170,19 @@ def join(hashes: UInt64Array, places: IntArray, guards: UInt32Array, packing: Pa
     numbers = patches.astype(np.uint64)
     origin = np.uint64((packing.side << packing.offset_bits) + packing.side)
     as_first, as_second = (numbers << above) + offset + origin, (numbers << between) - offset
-    patches = patches.astype(np.int32)
-    counting, offset_mask = packing.counting_offsets(), np.uint64((1 << 2 * packing.offset_bits) - 1)
-    # A true pair has some 270 anchors in common. Those of pairs met a short while ago are dropped before anything is sorted; what a colliding pair
-    # has pushed out of the table comes again, and is dropped by the sort.
-    seen = np.zeros(1 << _SEEN_BITS, np.uint64)
+    offset_mask, slot_shift = np.uint64((1 << 2 * packing.offset_bits) - 1), np.uint64(64 - (len(seen) - 1).bit_length())
     found = [np.empty(0, np.uint64)]
     for left, right in _pairs(ends):
         keep = agree(guards[left], guards[right])
         keep &= patches[left] != patches[right]
-        left, right = left[keep], right[keep]
-        packed = as_first[left] + as_second[right]
-        packed = packed[counting[packed & offset_mask]]
-        slot = (packed * _SEEN_FACTOR) >> np.uint64(64 - _SEEN_BITS)
+        packed = as_first[left[keep]] + as_second[right[keep]]
+        packed = packed[packing.counting_offsets[packed & offset_mask]]
+        slot = (packed * _SEEN_FACTOR) >> slot_shift
         new = seen[slot] != packed
         packed = packed[new]
         seen[slot[new]] = packed
         found.append(packed)
-    return unique(np.concatenate(found))
+    return np.concatenate(found)
 
 
 def unique(packed: UInt64Array) -> UInt64Array:
@@ -186,13 +191,13 @@ def unique(packed: UInt64Array) -> UInt64Array:
     return packed[np.concatenate([[True], packed[1:] != packed[:-1]])] if len(packed) else packed
 
 
-def _shared(hashes: UInt64Array, part_bits: int) -> tuple[IntArray, IntArray]:
+def _shared(hashes: UInt64Array, range_bits: int) -> tuple[IntArray, IntArray]:
     """Return the anchors whose hash occurs more than once, bucket by bucket, and for each the end of its bucket among them, int64 (m,) both."""
     # One sort of hash and position in one number costs half of an argsort, and keeps equal hashes in order. 40 bits of hash and more stay: chance
     # adds a few pairs.
     index_bits = max(1, (len(hashes) - 1).bit_length())
     mask = np.uint64((1 << index_bits) - 1)
-    keys = ((hashes << np.uint64(part_bits)) & ~mask) | np.arange(len(hashes), dtype=np.uint64)
+    keys = ((hashes << np.uint64(range_bits)) & ~mask) | np.arange(len(hashes), dtype=np.uint64)
     keys.sort(kind="stable")  # the anchors of each block are in order but for the lower bits: twice as fast as the default
     as_before = np.zeros(len(keys) + 1, np.bool_)
     np.equal(keys[1:] >> np.uint64(index_bits), keys[:-1] >> np.uint64(index_bits), out=as_before[1 : max(1, len(keys))])

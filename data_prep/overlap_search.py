@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from data_prep.anchors import UInt64Array, guards_of, places_of
-from data_prep.overlap import Overlaps, Packing, join, unique, verify
+from data_prep.overlap import Overlaps, Packing, empty_memory, join, unique, verify
 from data_prep.spool import Spool, anchors_path
 from data_prep.tasks import Progress, run_tasks
 
-_ANCHORS_PER_JOIN = 1 << 23  # at most 0.5 GB at the widest point of a task
+_ANCHORS_PER_PART = 1 << 23  # 10,000 patches of 96 px: seconds of work
+_ANCHORS_PER_RANGE = 1 << 19  # what is joined at a time: some 40 MB
+_MAX_RANGE_BITS = 16  # the anchors of a block are not sorted further
 _CANDIDATES_PER_VERIFY = 1 << 19
 _SAMPLE_STEP = 1 << 10  # every so many-th candidate of a file decides where the verification is cut
 
@@ -45,7 +47,7 @@ def search_overlaps(spool: Spool, work: Path, progress: Progress, *, workers: in
     packing = Packing(len(spool), spool.size_px)
     blocks = len(spool.rows)
     anchors = sum(np.load(anchors_path(work, block), mmap_mode="r").shape[1] for block in range(blocks))
-    part_bits = max(0, (-(-anchors // _ANCHORS_PER_JOIN) - 1).bit_length())
+    part_bits = max(0, (-(-anchors // _ANCHORS_PER_PART) - 1).bit_length())
     parts = 1 << part_bits
     candidate_files = [work / f"candidates-{part:05d}-of-{parts:05d}-blocks-{blocks}.npy" for part in range(parts)]
     shared = {"spool": spool.to_json()}
@@ -84,20 +86,28 @@ def candidates(spool: Spool, anchor_files: Sequence[Path], part: int = 0, part_b
     anchor_files : sequence of Path
         What `anchors` returned for each block of the spool, in order, as .npy files.
     part, part_bits : int
-        At most 16 bits: the anchors of a block are not sorted further.
+        At most 16 bits. Within the part, anchors are joined in smaller ranges that stay in a core's cache.
     """
-    low, high = part << (64 - part_bits), (part + 1) << (64 - part_bits)
-    hashes, rows, starts = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
-    for start, file in zip(spool.starts[:-1].tolist(), anchor_files, strict=True):
-        block = np.asarray(np.load(file, mmap_mode="r"))
-        begin = int(np.searchsorted(block[0], np.uint64(low)))
-        end = int(np.searchsorted(block[0], np.uint64(high))) if high < 2**64 else block.shape[1]
-        hashes.append(block[0, begin:end])
-        rows.append(block[1, begin:end])
-        starts.append(np.full(end - begin, start * spool.size_px * spool.size_px))
-    places = [places_of(row) + start for row, start in zip(rows, starts, strict=True)]
-    guards = [guards_of(row) for row in rows]
-    return join(np.concatenate(hashes), np.concatenate(places), np.concatenate(guards), Packing(len(spool), spool.size_px), part_bits)
+    packing, patch_px = Packing(len(spool), spool.size_px), spool.size_px * spool.size_px
+    blocks = [np.asarray(np.load(file, mmap_mode="r")) for file in anchor_files]
+    starts = (spool.starts[:-1] * patch_px).tolist()
+    anchors = sum(block.shape[1] for block in blocks) >> part_bits
+    range_bits = min(_MAX_RANGE_BITS, part_bits + (anchors // _ANCHORS_PER_RANGE).bit_length())
+    ranges = np.arange(part << (range_bits - part_bits), (part + 1) << (range_bits - part_bits)).astype(np.uint64)
+    last = np.uint64((int(ranges[-1]) << (64 - range_bits)) + (1 << (64 - range_bits)) - 1)
+    bounds = [
+        np.append(np.searchsorted(block[0], ranges << np.uint64(64 - range_bits)), np.searchsorted(block[0], last, side="right")) for block in blocks
+    ]
+    seen = empty_memory()
+    found = [np.empty(0, np.uint64)]
+    for number in range(len(ranges)):
+        cuts = [slice(bound[number], bound[number + 1]) for bound in bounds]
+        hashes = np.concatenate([block[0, cut] for block, cut in zip(blocks, cuts, strict=True)])
+        rows = [block[1, cut] for block, cut in zip(blocks, cuts, strict=True)]
+        places = np.concatenate([places_of(row) + start for row, start in zip(rows, starts, strict=True)])
+        guards = np.concatenate([guards_of(row) for row in rows])
+        found.append(join(hashes, places, guards, packing, range_bits, seen))
+    return unique(np.concatenate(found))
 
 
 def _verify_task(spool: dict[str, Any], sources: list[str], low: int, high: int, out: str) -> int:

@@ -13,7 +13,7 @@ from tests.data_prep.helpers import make_spool, noise
 
 @pytest.mark.ray
 def test_a_repeated_search_takes_the_files_that_are_there(ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overlap_search, "_ANCHORS_PER_JOIN", 10_000)
+    monkeypatch.setattr(overlap_search, "_ANCHORS_PER_PART", 10_000)
     monkeypatch.setattr(overlap_search, "_CANDIDATES_PER_VERIFY", 100)
     monkeypatch.setattr(overlap_search, "_SAMPLE_STEP", 4)
     field = noise(np.random.default_rng(1), 150)
