@@ -58,7 +58,7 @@ class ProgressLines:
         elif 0 < total <= done:
             if not known.finished:
                 known.finished = True
-                say(f"{stage}: {total:,} {unit} done in {duration(now - known.started)}{_speed(known, done, now)}")
+                say(f"{stage}: {done:,} of {total:,} {unit}{_speed(known, done, now)}, took {duration(now - known.started)}")
         elif now - known.last_line >= SECONDS_BETWEEN_LINES:
             known.last_line = now
             of = f" of {total:,}" if total else ""
@@ -68,9 +68,7 @@ class ProgressLines:
 def _first_line(done: int, total: int, unit: str) -> str:
     if total <= 0:
         return "started"
-    if done >= total:
-        return f"{total:,} {unit}, all done before"
-    return f"{done:,} of {total:,} {unit} done before" if done else f"0 of {total:,} {unit}"
+    return f"{done:,} of {total:,} {unit}" + (" done before" if done else "")
 
 
 def _speed(stage: _Stage, done: int, now: float) -> str:

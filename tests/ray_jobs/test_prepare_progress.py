@@ -29,7 +29,7 @@ def test_a_stage_shows_its_start_its_pace_and_its_end(capsys: pytest.CaptureFixt
     assert lines_of(capsys, [(0, "decode", 0, 220_025), (6, "decode", 61_440, 220_025), (12, "decode", 220_025, 220_025)]) == [
         "decode: 0 of 220,025 patches",
         "decode: 61,440 of 220,025 patches, 10,240/s, 15 s left",
-        "decode: 220,025 patches done in 18 s, 12,224/s",
+        "decode: 220,025 of 220,025 patches, 12,224/s, took 18 s",
     ]
 
 
@@ -42,12 +42,12 @@ def test_a_resumed_stage_counts_only_what_was_done_now(capsys: pytest.CaptureFix
     assert lines_of(capsys, [(0, "decode", 900, 1200), (10, "decode", 1000, 1200), (20, "decode", 1200, 1200)]) == [
         "decode: 900 of 1,200 patches done before",
         "decode: 1,000 of 1,200 patches, 10/s, 20 s left",
-        "decode: 1,200 patches done in 30 s, 10/s",
+        "decode: 1,200 of 1,200 patches, 10/s, took 30 s",
     ]
 
 
 def test_a_stage_that_was_done_before_says_so_once(capsys: pytest.CaptureFixture[str]) -> None:
-    assert lines_of(capsys, [(0, "write", 40, 40), (9, "write", 40, 40)]) == ["write: 40 patches, all done before"]
+    assert lines_of(capsys, [(0, "write", 40, 40), (9, "write", 40, 40)]) == ["write: 40 of 40 patches done before"]
 
 
 def test_the_end_of_a_stage_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
