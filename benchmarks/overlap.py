@@ -1,6 +1,6 @@
 """What the overlap search costs per patch on one core, and how that grows with the number of patches.
 
-    python benchmarks/overlap.py --source kaggle/ --count 5000 --rounds 7
+    python -m benchmarks.overlap --source kaggle/ --count 5000 --rounds 7
 
 Prints microseconds of CPU time per patch for the three steps (anchors; candidates: the join; verify: the comparison of pixels) at a quarter, a half
 and all of the patches, drawn at random, in turns: median with its interval. CPU time, because other programs would be measured otherwise; the files
