@@ -51,8 +51,12 @@ def percent(share: float | None) -> str:
 
 
 def points(difference: float | None) -> str:
-    """Write a difference of shares in percentage points, with its sign."""
-    return "–" if difference is None else f"{100 * difference:+.2f}".replace("-", "−")
+    """Write a difference of shares in percentage points, with its sign; none before 0.00."""
+    if difference is None:
+        return "–"
+    text = f"{abs(100 * difference):.2f}"
+    sign = "" if text == "0.00" else "+" if difference > 0 else "−"
+    return sign + text
 
 
 def megabytes(size: int) -> str:

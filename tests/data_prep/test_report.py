@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from data_prep.card_facts import GROUP_BOUNDS, Rows, fold_balance, overlap_facts, size_classes, slide_facts
-from data_prep.card_words import REASON_MEANING, percent
+from data_prep.card_words import REASON_MEANING, percent, points
 from data_prep.rejects import RejectReason
 from data_prep.report import data_card
 from sentinode import RESEARCH_USE_NOTICE
@@ -470,3 +470,7 @@ def test_a_full_sized_set_gives_a_small_page_quickly() -> None:
 
 def test_shares_never_round_to_nothing_or_to_all() -> None:
     assert [percent(share) for share in (0.0, 0.0001, 0.40502, 0.99999, 1.0, None)] == ["0.0 %", "<0.1 %", "40.5 %", ">99.9 %", "100.0 %", "–"]
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_sign() -> None:
+    assert [points(share) for share in (0.0, -0.00001, 0.0123, -0.0123, None)] == ["0.00", "0.00", "+1.23", "−1.23", "–"]
