@@ -54,7 +54,7 @@ def test_a_manifest_survives_the_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format version 2 is newer than 1"),
+        ({"format_version": 3}, "format version 3 is newer than 2"),
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
         ({"fingerprint": "0" * 63}, "fingerprint: String should match pattern"),
         ({"leak_level": "hardly"}, "leak_level: Input should be"),
