@@ -36,7 +36,8 @@ def checksums(images: UInt8Array) -> npt.NDArray[np.uint64]:
     flat = images.reshape(len(images), images[0].size if len(images) else 0)
     whole = flat.shape[1] // 8 * 8
     sums: npt.NDArray[np.uint64] = np.ascontiguousarray(flat[:, :whole]).view(np.uint64).sum(axis=1, dtype=np.uint64)
-    return sums + flat[:, whole:].sum(axis=1, dtype=np.uint64)
+    sums += flat[:, whole:].sum(axis=1, dtype=np.uint64)
+    return sums
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ _ALLOWED_SIGNATURES = (b"II*\x00", b"MM\x00*", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\
 _OTHER_SIGNATURES = {b"GIF8": "GIF", b"BM": "BMP", b"RIFF": "WebP", b"%PDF": "PDF", b"II+\x00": "BigTIFF", b"MM\x00+": "BigTIFF"}
 
 _MAX_SIDE = 1024
+_BOMB_PIXELS = 1 << 24  # 4096 x 4096, 48 MB as RGB: no patch, whatever went wrong, only a small file that would fill the memory
 _BITS_PER_SAMPLE, _TILE_WIDTH, _TILE_LENGTH = 258, 322, 323
 
 # The baseline TIFF that scanners and tifffile write: one page, one strip, no compression. Tag -> the values it may have there; None = any.
@@ -101,6 +102,8 @@ def decode_patch(data: bytes, *, size_px: int | None) -> UInt8Array:
         raise PatchError(PatchErrorCode.TRUNCATED, "the image is truncated or damaged") from error
     with image:
         width, height = image.size
+        if width * height > _BOMB_PIXELS:
+            raise PatchError(PatchErrorCode.DECOMPRESSION_BOMB, f"the image claims {width}x{height} pixels; expected {_expected(size_px)}")
         if (width, height) != (size_px, size_px) if size_px else not (8 <= width <= _MAX_SIDE and 8 <= height <= _MAX_SIDE):
             raise PatchError(PatchErrorCode.WRONG_SIZE, f"the image is {width}x{height} pixels; expected {_expected(size_px)}")
         # Not `n_frames`, which reads every page: a megabyte of tiny ones takes seconds.
@@ -181,7 +184,7 @@ def _check_tiff(image: TiffImageFile, data: bytes) -> None:
     if len(set(tags)) < len(tags):
         raise PatchError(PatchErrorCode.TRUNCATED, "the image is damaged: a TIFF tag stands there twice")
     if any(image.tag_v2.get(tag, 0) > _MAX_SIDE for tag in (_TILE_WIDTH, _TILE_LENGTH)):
-        raise PatchError(PatchErrorCode.WRONG_SIZE, f"the image's tiles are too large; expected at most {_MAX_SIDE} pixels a side")
+        raise PatchError(PatchErrorCode.DECOMPRESSION_BOMB, f"the image's tiles are too large; expected at most {_MAX_SIDE} pixels a side")
     bits = image.tag_v2.get(_BITS_PER_SAMPLE)
     if bits is not None and any(depth != 8 for depth in (bits if isinstance(bits, tuple) else (bits,))):
         raise PatchError(PatchErrorCode.WRONG_MODE, f"the image has {bits} bits a channel; expected 8-bit RGB")

@@ -1,4 +1,4 @@
-"""Small sources in the Kaggle layout, and a slow but obvious overlap search."""
+"""Small sources in the Kaggle layout, and spools."""
 
 import hashlib
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_prep.overlap import is_overlap
 from data_prep.spool import Spool
 from sentinode.images import UInt8Array
 
@@ -39,18 +38,3 @@ def make_spool(folder: Path, images: UInt8Array, block_rows: int = 7) -> tuple[S
         files.append(folder / f"{number}.pixels")
         block.tofile(files[-1])
     return Spool(tuple(files), tuple(map(len, blocks)), images.shape[1]), blocks
-
-
-def brute_force(images: UInt8Array) -> list[tuple[int, int, int, int]]:
-    """All overlaps by the definition: every pair at every offset. One pixel is compared first, or it would take hours."""
-    side = images.shape[1]
-    found = []
-    for first in range(len(images)):
-        for second in range(first + 1, len(images)):
-            a, b = images[first].astype(np.int32), images[second].astype(np.int32)
-            for dy in range(-side + 1, side):
-                for dx in range(-side + 1, side):
-                    y, x = max(dy, 0), max(dx, 0)
-                    if (a[y, x] == b[y - dy, x - dx]).all() and is_overlap(images[first], images[second], dy, dx):
-                        found.append((first, second, dy, dx))
-    return sorted(found)
