@@ -29,6 +29,7 @@ from sentinode.config import PredictConfig
 from sentinode.dataset import PreparedDataset
 from sentinode.errors import PatchError, SentinodeError, UsageError
 from sentinode.images import IMAGE_SUFFIXES, UInt8Array, decode_patch
+from sentinode.locations import locate
 from sentinode.manifests import PREDICTIONS_FORMAT_VERSION, PredictionPart, PredictionsManifest
 from sentinode.predictor import Predictor
 from sentinode.probability import Decision
@@ -62,7 +63,7 @@ class PredictResult:
 
 
 def predict(config: PredictConfig, bundle: str | Path, source: str | Path, out: str | Path, *, verbose: bool = False) -> PredictResult:
-    """Predict every image below `source` (recursive), or every row of the prepared data set `source`; labels are ignored.
+    """Predict every image below `source` (recursive), or every row of the prepared data set `source` (a path or URI); labels are ignored.
 
     Raises
     ------
@@ -71,16 +72,16 @@ def predict(config: PredictConfig, bundle: str | Path, source: str | Path, out: 
     UsageError
         `source` holds no images, or `out` exists.
     """
-    model, folder, target = Bundle.open(bundle), local_path(source), local_path(out)
+    model, where, target = Bundle.open(bundle), locate(source), local_path(out)
     if target.exists():
         raise UsageError(f"{target} exists; remove it or use another --out")
     staging = staging_path(target)
-    if (folder / "dataset.json").exists():
-        dataset = PreparedDataset.open(folder)
+    if (where / "dataset.json").exists():
+        dataset = PreparedDataset.open(where)
         units, total = len(dataset.manifest.shards), sum(shard.rows for shard in dataset.manifest.shards)
         work = partial(_predict_shard, dataset, config.batch_size, staging)
     else:
-        paths = find_images(folder)
+        paths = find_images(where.local)
         units, total = -(-len(paths) // _FILES_PER_PART), len(paths)
         work = partial(_predict_files, paths, config.batch_size, staging)
     with exclusive(target), connected(config.workers, verbose=verbose):
@@ -95,7 +96,7 @@ def predict(config: PredictConfig, bundle: str | Path, source: str | Path, out: 
         manifest = PredictionsManifest(
             format_version=PREDICTIONS_FORMAT_VERSION,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            source=str(folder),
+            source=str(where),
             rows=rows,
             errors=sum(summary["errors"].to_pylist()),
             model={

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from ray_jobs.evaluate import evaluate
+from ray_jobs.predict import predict
 from ray_jobs.train import train
-from sentinode.config import EvaluateConfig, TrainConfig
+from sentinode.config import EvaluateConfig, PredictConfig, TrainConfig
 from sentinode.dataset import PreparedDataset
 from sentinode.errors import ConfigError
 from sentinode.locations import locate
@@ -42,3 +43,12 @@ def test_outputs_of_jobs_stay_on_disk(ray_session: None, dataset: PreparedDatase
     bundle = make_bundle(tmp_path / "bundle").path
     with pytest.raises(ConfigError, match="s3:// is not supported yet for this; use a local path or a mounted shared folder"):
         evaluate(EvaluateConfig(), bundle, dataset.location.local, f"{s3_folder}/report")
+
+
+def test_patches_of_a_data_set_in_an_object_store_are_predicted(ray_session: None, dataset: PreparedDataset, in_store: str, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle").path
+    predicted, same = (
+        predict(PredictConfig(), bundle, source, tmp_path / name) for source, name in ((in_store, "stored"), (dataset.location.local, "same"))
+    )
+    assert predicted.manifest.source == in_store
+    assert [part.sha256 for part in predicted.manifest.parts] == [part.sha256 for part in same.manifest.parts]
