@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 from sentinode.errors import ConfigError, StorageError
 from sentinode.object_store import PACKAGES, ObjectFile, file_system, path_in, read_objects, stamp_of
 from sentinode.retries import store_meaning, store_waits, try_local, try_store
-from sentinode.storage import local_path, temporary_path, write_bytes_atomic
+from sentinode.storage import local_path, temporary_name, write_bytes_atomic
 
 _T = TypeVar("_T")
 
@@ -197,7 +197,7 @@ class Location:
         if self.is_local:
             target = Path(self.uri)
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = temporary_path(target)
+            temporary = temporary_name(target)
             try:
                 try_local(self.uri, lambda: shutil.copyfile(source, temporary))
                 temporary.replace(target)

@@ -7,8 +7,8 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,9 +109,11 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def temporary_path(path: Path) -> Path:
-    """Return a name beside `path` that no other thread or process of this machine writes; what a killed one leaves matches `.*.tmp`."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+def temporary_name(path: Path) -> Path:
+    """Return a hidden name beside `path` that nobody else writes, on whatever machine; what a killed process leaves matches `.*.tmp`."""
+    # The process id alone coincides on shared storage: in containers it is often 1. Threads of one process are told apart by the random digits.
+    host = hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]
+    return path.with_name(f".{path.name}.{host}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -127,7 +129,7 @@ def write_bytes_atomic(path: Path, data: bytes, *, create_only: bool = False) ->
     FileExistsError
         With `create_only`: it exists. Of several writers at the same time one wins.
     """
-    temporary = temporary_path(path)
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             file.write(data)

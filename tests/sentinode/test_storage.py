@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from sentinode.storage import (
     read_manifest_json,
     sha256_file,
     staging_path,
+    temporary_name,
     write_json,
     write_text_atomic,
 )
@@ -214,6 +216,19 @@ def test_a_failed_write_leaves_the_old_text_and_no_rest(tmp_path: Path, monkeypa
     with pytest.raises(OSError, match="No space"):
         write_text_atomic(path, "new")
     assert content_of(tmp_path) == {"a.txt": "old"}
+
+
+def test_temporary_names_differ_also_between_processes_of_the_same_id_on_two_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    names = {temporary_name(tmp_path / "a.parquet") for _ in range(100)}
+    hosts = set()
+    for host in ("pod-1", "pod-2"):
+        monkeypatch.setattr(os, "uname", lambda host=host: SimpleNamespace(nodename=host))
+        hosts.add(temporary_name(tmp_path / "a.parquet").name.split(".")[3].split("-")[0])
+    assert len(names) == 100
+    assert len(hosts) == 2
+    # What prepare looks for when it clears up after a killed run.
+    assert all(name.parent == tmp_path and name.match(".*.tmp") and name.name.startswith(".a.parquet.") for name in names)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [1, {"b": float("-inf")}]}])
