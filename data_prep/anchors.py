@@ -15,8 +15,8 @@ from sentinode.images import UInt8Array
 
 MIN_SHARED_FRACTION = 0.05
 """Share of the patch that two patches must have in common."""
-EXPECTED_ANCHORS = 14
-"""Anchors to expect in the smallest common part that counts, if its windows are all different; none at all then has a probability of e^-14."""
+EXPECTED_ANCHORS = 12
+"""Anchors to expect in the smallest common part that counts, if its windows are all different; none at all then has a probability of e^-12."""
 MAX_WINDOW_PX = 16
 """Length of the windows, along rows and along columns (a common strip can be thinner than this in one direction)."""
 
@@ -59,48 +59,68 @@ def fewest_windows(side: int) -> int:
 
 @cache
 def density(side: int) -> float:
-    """Return the share of windows that become anchors, (0, 1]; 1/17 at 96 px."""
+    """Return the share of windows that become anchors, (0, 1]; 1/20 at 96 px."""
     return min(1.0, EXPECTED_ANCHORS / max(1, fewest_windows(side)))
 
 
 def anchors(images: UInt8Array) -> UInt64Array:
-    """Return the anchors of some patches.
+    """Return the anchors of patches, uint8 (n, side, side, 3), RGB; see `Anchors`."""
+    collected = Anchors(images.shape[1])
+    collected.add(images)
+    return collected.result()
+
+
+class Anchors:
+    """Collects the anchors of one block of patches, some patches at a time: as many as fit a core's cache, while they are there.
 
     Parameters
     ----------
-    images : ndarray of uint8, shape (n, side, side, 3), RGB
-
-    Returns
-    -------
-    ndarray of uint64, shape (2, k)
-        Row 0 holds the hashes, ordered by their upper 16 bits (and then by place within rows, within columns): enough to cut the hash range into
-        parts, and several times cheaper than a full sort. Row 1 holds the place (patch * side + y) * side + x of the window's first pixel in its
-        lower half, patch counted within `images`, and the guards (see `agree`) in its upper half.
-        Windows of one single colour are left out: they tell nothing about position, and glass is full of them.
-
-    Raises
-    ------
-    SentinodeError
-        There are more patches than 32 bits can number the pixels of.
+    side : int
+        Of the patches, pixels.
     """
-    count, side = images.shape[:2]
-    if count * side * side > 1 << int(_PLACE_BITS):
-        raise SentinodeError(f"{count} patches of {side} px are too many for one block; use a smaller decode_block_rows")
-    found: list[tuple[UInt64Array, UInt64Array]] = [(np.empty(0, np.uint64), np.empty(0, np.uint64))]
-    step = max(1, _CHUNK_PX // (side * side))
-    buffers = _Buffers(min(step, count) * side * side)
-    for start in range(0, count, step):
-        pixels = _packed(images[start : start + step], buffers)
-        for along, across, salt in ((1, side, _SALTS[0]), (side, 1, _SALTS[1])):
-            hashes, places = _chosen(pixels, side, along, across, salt, buffers)
-            found.append((hashes, places + np.uint64(start * side * side)))
-    hashes, places = (np.concatenate(column) for column in zip(*found, strict=True))
-    del found
-    order = np.argsort((hashes >> np.uint64(48)).astype(np.uint16), kind="stable")  # a radix sort, for 16 bits
-    result = np.empty((2, len(order)), np.uint64)
-    np.take(hashes, order, out=result[0], mode="clip")  # "raise" would make a copy first
-    np.take(places, order, out=result[1], mode="clip")
-    return result
+
+    def __init__(self, side: int) -> None:
+        self._side = side
+        self._step = max(1, _CHUNK_PX // (side * side))
+        self._buffers = _Buffers(self._step * side * side)
+        self._count = 0
+        self._found: list[tuple[UInt64Array, UInt64Array]] = [(np.empty(0, np.uint64), np.empty(0, np.uint64))]
+
+    def add(self, images: UInt8Array) -> None:
+        """Add the next patches, uint8 (n, side, side, 3), RGB.
+
+        Raises
+        ------
+        SentinodeError
+            There are more patches than 32 bits can number the pixels of.
+        """
+        side, area = self._side, self._side * self._side
+        if (self._count + len(images)) * area > 1 << int(_PLACE_BITS):
+            raise SentinodeError(f"{self._count + len(images)} patches of {side} px are too many for one block; use a smaller decode_block_rows")
+        for start in range(0, len(images), self._step):
+            pixels = _packed(images[start : start + self._step], self._buffers)
+            for along, across, salt in ((1, side, _SALTS[0]), (side, 1, _SALTS[1])):
+                hashes, places = _chosen(pixels, side, along, across, salt, self._buffers)
+                self._found.append((hashes, places + np.uint64((self._count + start) * area)))
+        self._count += len(images)
+
+    def result(self) -> UInt64Array:
+        """Return the anchors of all patches.
+
+        Returns
+        -------
+        ndarray of uint64, shape (2, k)
+            Row 0 holds the hashes, ordered by their upper 16 bits (and then as they were found): enough to cut the hash range into parts, and several
+            times cheaper than a full sort. Row 1 holds the place (patch * side + y) * side + x of the window's first pixel in its lower half, patches
+            counted in the order they were added, and the guards (see `agree`) in its upper half.
+            Windows of one single colour are left out: they tell nothing about position, and glass is full of them.
+        """
+        hashes, places = (np.concatenate(column) for column in zip(*self._found, strict=True))
+        order = np.argsort((hashes >> np.uint64(48)).astype(np.uint16), kind="stable")  # a radix sort, for 16 bits
+        result = np.empty((2, len(order)), np.uint64)
+        np.take(hashes, order, out=result[0], mode="clip")  # "raise" would make a copy first
+        np.take(places, order, out=result[1], mode="clip")
+        return result
 
 
 def places_of(row: UInt64Array) -> IntArray:

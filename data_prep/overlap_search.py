@@ -3,10 +3,9 @@
     anchors of all blocks, cut by hash -> candidates-*.npy -> merged, cut by first patch -> overlaps-*.npy -> Overlaps
 
 A true pair has anchors in every hash range, so it is compared in the second stage, once. Each task writes one file in the work folder; a repeated
-search takes the files that are there.
+search in the same pixels takes the files that are there.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +17,7 @@ from data_prep.anchors import UInt64Array, guards_of, places_of
 from data_prep.overlap import Overlaps, Packing, empty_memory, join, unique, verify
 from data_prep.spool import Spool, anchors_path
 from data_prep.tasks import Progress, run_tasks
+from sentinode.storage import temporary_name
 
 _ANCHORS_PER_PART = 1 << 23  # 10,000 patches of 96 px: seconds of work
 _ANCHORS_PER_RANGE = 1 << 19  # what is joined at a time: some 40 MB
@@ -26,7 +26,7 @@ _CANDIDATES_PER_VERIFY = 1 << 19
 _SAMPLE_STEP = 1 << 10  # every so many-th candidate of a file decides where the verification is cut
 
 
-def search_overlaps(spool: Spool, work: Path, progress: Progress, *, workers: int | None = None) -> Overlaps:
+def search_overlaps(spool: Spool, work: Path, progress: Progress, *, key: str, workers: int | None = None) -> Overlaps:
     """Find all overlaps between the patches of a spool. Ray must run.
 
     Parameters
@@ -36,6 +36,9 @@ def search_overlaps(spool: Spool, work: Path, progress: Progress, *, workers: in
     work : Path
         Folder that holds what `anchors` returned for each block, at `anchors_path(work, block)`; it receives the files of the search.
     progress : Progress
+    key : str
+        Names the content of the spool, letters and digits: files of a search with another key are deleted. Blocks and rows alone do not tell: an
+        input that could not be read and now can moves all patches behind it.
     workers : int, optional
         Tasks that run at a time; default as many as the cluster has CPUs.
 
@@ -44,20 +47,29 @@ def search_overlaps(spool: Spool, work: Path, progress: Progress, *, workers: in
     SentinodeError
         There are more patches than one search can number, or a task failed.
     """
+    _delete_other_searches(work, key)
     packing = Packing(len(spool), spool.size_px)
     blocks = len(spool.rows)
     anchors = sum(np.load(anchors_path(work, block), mmap_mode="r").shape[1] for block in range(blocks))
     part_bits = max(0, (-(-anchors // _ANCHORS_PER_PART) - 1).bit_length())
     parts = 1 << part_bits
-    candidate_files = [work / f"candidates-{part:05d}-of-{parts:05d}-blocks-{blocks}.npy" for part in range(parts)]
+    candidate_files = [work / f"candidates-{key}-{part:05d}-of-{parts:05d}.npy" for part in range(parts)]
     shared = {"spool": spool.to_json()}
     _run("overlap", _candidates_task, candidate_files, [{**shared, "part": part, "part_bits": part_bits} for part in range(parts)], progress, workers)
     cuts = _cuts(candidate_files)
     pieces = len(cuts) - 1
-    overlap_files = [work / f"overlaps-{piece:05d}-of-{pieces:05d}-parts-{parts}-blocks-{blocks}.npy" for piece in range(pieces)]
+    overlap_files = [work / f"overlaps-{key}-{piece:05d}-of-{pieces:05d}-parts-{parts}.npy" for piece in range(pieces)]
     arguments = [{**shared, "sources": [str(file) for file in candidate_files], "low": low, "high": high} for low, high in pairwise(cuts)]
     _run("verify", _verify_task, overlap_files, arguments, progress, workers)
     return packing.unpack(np.concatenate([np.load(file) for file in overlap_files]))
+
+
+def _delete_other_searches(work: Path, key: str) -> None:
+    """Delete the files of searches in other pixels."""
+    for kind in ("candidates", "overlaps"):
+        for file in work.glob(f"{kind}-*.npy"):
+            if not file.name.startswith(f"{kind}-{key}-"):
+                file.unlink(missing_ok=True)
 
 
 def _run(
@@ -140,7 +152,7 @@ def _cuts(files: Sequence[Path]) -> list[int]:
 
 def _save(file: Path, packed: UInt64Array) -> None:
     """Write an array so that the file is complete or does not exist."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(file)
     try:
         with temporary.open("wb") as handle:
             np.save(handle, packed)
