@@ -1,20 +1,27 @@
 """Is a prepared data set what its manifest and its index say, down to the pixels? A shard at a time, each file read once."""
 
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sentinode.dataset import PreparedDataset, column_to_images, fingerprint, row_schema, shape_problem
 from sentinode.errors import ManifestError
-from sentinode.locations import Location
+from sentinode.locations import Location, locate
 from sentinode.manifests import DatasetManifest, FileRecord, ShardRecord, SplitCounts
+from sentinode.retries import try_local
 
 # Each holds a shard twice: its file and its columns (about 0.2 GB together at 4096 patches of 96 px).
 _SHARDS_AT_A_TIME = 2
+_FILES_AT_A_TIME = 4
+_READ_BYTES = 1 << 20
 _INDEX = "index.parquet"
 
 
@@ -30,8 +37,8 @@ def problems_of(dataset: PreparedDataset) -> list[str]:
         The storage does not answer.
     """
     manifest, root = dataset.manifest, dataset.root
-    sizes = {entry.name: entry.size for entry in root.entries(recursive=True)} if root.is_dir() else {}
-    of_files = {record.path: _size_problem(record, sizes) or _digest_problem(root, record) for record in manifest.files}
+    sizes = _sizes(root)
+    of_files = {record.path: _file_problem(root, record, sizes) for record in manifest.files}
     if _INDEX not in of_files:
         of_files[_INDEX] = "not listed in dataset.json"
     elif not of_files[_INDEX]:
@@ -57,6 +64,46 @@ def problems_of(dataset: PreparedDataset) -> list[str]:
     return problems
 
 
+def check_records(folder: Path | Location, records: Sequence[FileRecord]) -> list[str]:
+    """Compare files with their records: is each there, of this size and SHA-256? Pixels and rows are not looked at; `problems_of` does that.
+
+    What a restarted run asks of a finished staging folder before it is published: a machine that lost power may have kept the manifest and lost what
+    was written before it.
+
+    Parameters
+    ----------
+    folder : Path or Location
+        What the paths of the records are relative to: a staging folder itself, whatever the `root` of its manifest.
+    records : sequence of FileRecord
+        E.g. `[*manifest.shards, *manifest.files]`.
+
+    Returns
+    -------
+    list of str
+        One line "path: problem" per file that is missing or differs, in the order of the records; empty if all are whole.
+
+    Raises
+    ------
+    StorageError
+        The storage does not answer.
+    OSError
+        It refuses a file.
+    """
+    root = locate(folder)
+    sizes = _sizes(root)
+    with ThreadPoolExecutor(_FILES_AT_A_TIME) as pool:
+        problems = pool.map(lambda record: _file_problem(root, record, sizes), records)
+        return [f"{record.path}: {problem}" for record, problem in zip(records, problems, strict=True) if problem]
+
+
+def _sizes(root: Location) -> dict[str, int]:
+    return {entry.name: entry.size for entry in root.entries(recursive=True)} if root.is_dir() else {}
+
+
+def _file_problem(root: Location, record: FileRecord, sizes: dict[str, int]) -> str | None:
+    return _size_problem(record, sizes) or _digest_problem(root, record)
+
+
 def _size_problem(record: FileRecord, sizes: dict[str, int]) -> str | None:
     if record.path not in sizes:
         return "missing"
@@ -71,44 +118,68 @@ def _digest_problem(root: Location, record: FileRecord) -> str | None:
 
 def _rows_by_shard(index: pa.Table) -> dict[str, pa.Table]:
     """Return shard -> the rows of the index that say what is in it, in the order of `row`."""
-    shards, rows = np.asarray(index["shard"].to_pylist(), dtype=np.str_), index["row"].to_numpy()
-    order = np.lexsort((rows, shards))
-    names, starts = np.unique(shards[order], return_index=True)
-    ordered, ends = index.take(order), [*starts[1:].tolist(), len(order)]
-    return {name: ordered.slice(start, end - start) for name, start, end in zip(names.tolist(), starts.tolist(), ends, strict=True)}
+    names, shards = _codes(index["shard"])
+    order = np.lexsort((index["row"].to_numpy(), shards))
+    ordered, ends = index.take(order), np.cumsum(np.bincount(shards, minlength=len(names))).tolist()
+    return {name: ordered.slice(start, end - start) for name, start, end in zip(names, [0, *ends], ends, strict=False)}
+
+
+def _codes(column: pa.ChunkedArray) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """Return the distinct values of a column without nulls, and for each row the position of its value among them."""
+    values = column.combine_chunks().dictionary_encode()
+    return values.dictionary.to_pylist(), values.indices.to_numpy().astype(np.int64)
 
 
 def _shard_problems(file: Location, shard: ShardRecord, patch_size_px: int, expected: pa.Table | None) -> list[str]:
-    data = file.read_bytes()
+    data = _read_whole(file)
     if hashlib.sha256(data).hexdigest() != shard.sha256:
         return ["sha256 differs"]
     names = row_schema(patch_size_px).names
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        table = pq.read_table(pa.BufferReader(data), use_threads=False)
     except (OSError, pa.ArrowException) as error:
         return [f"cannot be read ({str(error).splitlines()[0]})"]
     if problem := shape_problem(table, shard, names, patch_size_px):
         return [problem]
     if expected is None:
         return []  # the index is damaged, which is said already, or names no row of this shard, which the counts tell
-    if expected["row"].to_pylist() != list(range(shard.rows)):
+    if not np.array_equal(expected["row"].to_numpy(), np.arange(shard.rows)):
         return [f"the index has {expected.num_rows} rows of it; expected 0 to {shard.rows - 1}, each once"]
     problems = []
     for name in ("id", "label", "group", "slide"):
-        if wrong := _differing(table[name].to_pylist(), expected[name].to_pylist()):
-            problems.append(f"{name} differs from the index in {_rows(wrong)}")
-    images = column_to_images(table["image"], patch_size_px)
-    digests = [hashlib.sha1(image, usedforsecurity=False).hexdigest() for image in images]
-    if wrong := _differing(digests, expected["pixel_sha1"].to_pylist()):
-        problems.append(f"pixels differ from pixel_sha1 of the index in {_rows(wrong)}")
+        if not table[name].equals(expected[name]):
+            problems.append(f"{name} differs from the index in {_rows(table[name], expected[name])}")
+    digests = pa.chunked_array([list(_pixel_digests(table["image"], patch_size_px))], pa.string())
+    if not digests.equals(expected["pixel_sha1"]):
+        problems.append(f"pixels differ from pixel_sha1 of the index in {_rows(digests, expected['pixel_sha1'])}")
     return problems
 
 
-def _differing(found: Sequence[object], expected: Sequence[object]) -> list[int]:
-    return [row for row, (one, other) in enumerate(zip(found, expected, strict=True)) if one != other]
+def _read_whole(file: Location) -> pa.Buffer:
+    if not file.is_local:
+        return pa.py_buffer(file.read_bytes())
+    # Not mapped: a disk that fails must become an error, not a signal that kills the process. Into Arrow's memory, which is used again for the next
+    # shard: pages that the system hands out anew cost as much as one of the digests.
+    return try_local(file.uri, lambda: _read_into_arrow(file.local))
 
 
-def _rows(wrong: list[int]) -> str:
+def _read_into_arrow(path: Path) -> pa.Buffer:
+    with path.open("rb", buffering=0) as source:
+        buffer, size = pa.allocate_buffer(os.fstat(source.fileno()).st_size), 0
+        view = memoryview(buffer)
+        while read := source.readinto(view[size : size + _READ_BYTES]):
+            size += read
+    return buffer.slice(0, size)
+
+
+def _pixel_digests(column: pa.ChunkedArray, patch_size_px: int) -> Iterator[str]:
+    for chunk in column.chunks:
+        for image in column_to_images(chunk, patch_size_px):
+            yield hashlib.sha1(image, usedforsecurity=False).hexdigest()
+
+
+def _rows(found: Iterable[pa.Scalar], expected: Iterable[pa.Scalar]) -> str:
+    wrong = [row for row, (one, other) in enumerate(zip(found, expected, strict=True)) if not one.equals(other)]
     return f"{len(wrong)} rows, the first is row {wrong[0]}"
 
 
@@ -126,22 +197,22 @@ def _count_problems(manifest: DatasetManifest) -> list[str]:
 
 def _index_problems(index: pa.Table, manifest: DatasetManifest) -> list[str]:
     problems = []
-    splits = np.asarray(index["split"].to_pylist(), dtype=np.str_)
-    labels = np.asarray(index["label"].fill_null(-1).to_pylist(), dtype=np.int64)
-    groups = np.asarray(index["group"].to_pylist(), dtype=np.str_)
     for split, counts in manifest.counts.items():
-        own = splits == split
-        normal, metastatic, unlabelled = (int((labels[own] == label).sum()) for label in (0, 1, -1))
-        found = SplitCounts(rows=int(own.sum()), normal=normal, metastatic=metastatic, unlabelled=unlabelled, groups=len(np.unique(groups[own])))
+        own = index.filter(pc.equal(index["split"], split))
+        labels = own["label"].fill_null(-1).to_numpy()
+        normal, metastatic, unlabelled = (int((labels == label).sum()) for label in (0, 1, -1))
+        groups = pc.count_distinct(own["group"]).as_py()
+        found = SplitCounts(rows=len(own), normal=normal, metastatic=metastatic, unlabelled=unlabelled, groups=groups)
         for name, value in found:
             if value != getattr(counts, name):
                 problems.append(f"{split}: {_INDEX} holds {value} {name}, counts say {getattr(counts, name)}")
     if index.num_rows != (total := sum(shard.rows for shard in manifest.shards)):
         problems.append(f"{_INDEX}: {index.num_rows} rows, shards hold {total}")
+    pairs = index.select(["shard", "split"]).group_by(["shard", "split"]).aggregate([([], "count_all")])
     split_of = {shard.path: shard.split for shard in manifest.shards}
-    if wrong := sum(split_of.get(shard) != split for shard, split in zip(index["shard"].to_pylist(), splits.tolist(), strict=True)):
+    if wrong := sum(pair["count_all"] for pair in pairs.to_pylist() if split_of.get(pair["shard"]) != pair["split"]):
         problems.append(f"{_INDEX}: {wrong} rows name a shard that is none of their split")
-    if (repeated := index.num_rows - len(set(index["id"].to_pylist()))) > 0:
+    if (repeated := index.num_rows - pc.count_distinct(index["id"]).as_py()) > 0:
         problems.append(f"{_INDEX}: {repeated} ids stand in it more than once")
     if fingerprint(index) != manifest.fingerprint:
         problems.append(f"{_INDEX}: does not give the fingerprint of dataset.json")

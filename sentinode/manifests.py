@@ -2,10 +2,11 @@
 
 import json
 import os
+import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from sentinode.config import ReviewRule, Rgb
 from sentinode.errors import ManifestError
@@ -36,6 +37,35 @@ SplitMethod = Literal["overlap", "slide", "random", "predefined", "all"]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
+def is_inside(path: str) -> bool:
+    """Tell whether a relative path, with "/", stays in the folder that it is relative to."""
+    return not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts and "\0" not in path
+
+
+def _folder_inside(path: str) -> str:
+    if not is_inside(path):
+        raise ValueError("must lie inside the folder of the manifest")
+    return path
+
+
+def _file_inside(path: str) -> str:
+    if not PurePosixPath(path).parts:
+        raise ValueError("must name a file")
+    return _folder_inside(path)
+
+
+def _split_name(name: str) -> str:
+    # It stands in paths of shards, in messages and in reports.
+    if not re.fullmatch("[A-Za-z0-9_-]+", name):
+        raise ValueError("must be a name of letters, digits, _ and -")
+    return name
+
+
+FolderInside = Annotated[str, AfterValidator(_folder_inside)]
+FileInside = Annotated[str, AfterValidator(_file_inside)]
+SplitName = Annotated[str, AfterValidator(_split_name)]
+
+
 class Manifest(BaseModel):
     """Base: immutable, no unknown keys, null instead of NaN."""
 
@@ -48,22 +78,15 @@ ManifestT = TypeVar("ManifestT", bound=Manifest)
 class FileRecord(Manifest):
     """A file inside the folder of the manifest."""
 
-    path: str
+    path: FileInside
     bytes: int
     sha256: Sha256
-
-    @field_validator("path")
-    @classmethod
-    def _inside(cls, path: str) -> str:
-        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-            raise ValueError("must lie inside the folder of the manifest")
-        return path
 
 
 class ShardRecord(FileRecord):
     """One Parquet shard of a prepared data set."""
 
-    split: str
+    split: SplitName
     rows: int
 
 
@@ -99,13 +122,13 @@ class DatasetManifest(Manifest):
 
     format_version: int
     created_at: str
-    root: str = ""
+    root: FolderInside = ""
     """Folder, relative to the manifest, that all paths below are relative to. Object stores, which cannot rename, get one per run."""
     source: dict[str, Any]
     """Kind, paths and `inputs_sha256`, a digest of the labels and of the listing of the images."""
     config: dict[str, Any]
     """The whole PrepareConfig."""
-    counts: dict[str, SplitCounts]
+    counts: dict[SplitName, SplitCounts]
     """Split name -> counts."""
     class_weights: dict[str, float] | None
     """`{"normal": 1.0, "metastatic": N_negative / N_positive}` of the training split; null where a class is absent there."""

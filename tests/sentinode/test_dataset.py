@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sentinode import dataset_checks
 from sentinode.dataset import INDEX_SCHEMA, PreparedDataset, column_to_images, concatenate, fingerprint, images_to_column, row_schema
+from sentinode.dataset_checks import check_records
 from sentinode.errors import ManifestError, ManifestNotFoundError, StorageError, UsageError
 from sentinode.locations import locate
 from sentinode.publishing import publish
@@ -286,6 +288,10 @@ def test_an_index_that_was_rewritten_is_found_although_its_checksum_is_right(
     assert problem in PreparedDataset.open(folder).verify()
 
 
+def nullable(table: pa.Table) -> pa.Table:
+    return table.cast(pa.schema([pa.field(field.name, field.type) for field in table.schema]))
+
+
 def column(table: pa.Table, name: str, edit: Callable[[list[Any]], object]) -> pa.Table:
     """The table with one column edited in place as a list."""
     values = table[name].to_pylist()
@@ -325,6 +331,8 @@ def test_a_shard_that_contradicts_the_index_is_found_although_its_checksum_is_ri
         (lambda index: column(index, "fold", lambda folds: folds.__setitem__(0, 3)), "index.parquet: 1 rows have a fold that they should not have"),
         (lambda index: column(index, "fold", lambda folds: folds.__setitem__(-1, 0)), "index.parquet: 1 rows have a fold that they should not have"),
         (lambda index: index.drop_columns("pixel_sha1"), "cannot be read"),
+        (lambda index: column(nullable(index), "shard", lambda shards: shards.__setitem__(0, None)), "cannot be read"),
+        (lambda index: index.slice(0, 0), "index.parquet: 0 rows, shards hold 70"),
     ],
 )
 def test_an_index_that_contradicts_itself_or_the_shards_is_found(folder: Path, edit: Callable[[pa.Table], pa.Table], problem: str) -> None:
@@ -337,6 +345,30 @@ def test_groups_may_straddle_where_the_split_promises_nothing(folder: Path, meth
     rewrite(folder, "index.parquet", lambda index: column(index, "group", lambda groups: groups.__setitem__(0, groups[-1])))
     edit_manifest(folder, lambda content: content["split"].update(method=method))
     assert not [line for line in PreparedDataset.open(folder).verify() if "straddl" in line or "several" in line]
+
+
+def test_files_are_compared_with_their_records_wherever_they_lie(folder: Path, in_store: PreparedDataset) -> None:
+    manifest = PreparedDataset.open(folder).manifest
+    listed = [*manifest.shards, *manifest.files]
+    assert check_records(folder, listed) == check_records(in_store.root, listed) == check_records(folder / "nothing", []) == []
+    flip_a_bit(folder / "train/part-00000.parquet")
+    (folder / "val/part-00000.parquet").write_bytes(b"")
+    (folder / "index.parquet").unlink()
+    assert check_records(folder, listed) == [
+        "train/part-00000.parquet: sha256 differs",
+        f"val/part-00000.parquet: 0 bytes, expected {manifest.shards[1].bytes}",
+        "index.parquet: missing",
+    ]
+    assert check_records(folder / "nothing", listed[:1]) == ["train/part-00000.parquet: missing"]
+
+
+def test_a_disk_that_fails_while_a_shard_is_verified_is_no_damage_to_the_data_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: Path) -> pa.Buffer:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(dataset_checks, "_read_into_arrow", fails)
+    with pytest.raises(StorageError, match=r"train/part-00000.parquet: cannot be read or written \(Input/output error\)"):
+        PreparedDataset.open(folder).verify()
 
 
 def test_a_shard_that_is_no_parquet_is_one_line(folder: Path) -> None:

@@ -86,10 +86,39 @@ def test_nan_in_a_manifest_is_refused(tmp_path: Path) -> None:
         read_dataset_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../other/part.parquet", "train/../../x"])
+OUTSIDE = ["/etc/passwd", "../other/part.parquet", "train/../../x", "..", "a\0b"]
+
+
+@pytest.mark.parametrize("path", OUTSIDE)
 def test_files_outside_the_folder_cannot_be_listed(path: str) -> None:
     with pytest.raises(ValidationError, match="must lie inside the folder"):
         FileRecord(path=path, bytes=1, sha256="0" * 64)
+
+
+@pytest.mark.parametrize("path", ["", "."])
+def test_the_folder_itself_cannot_be_listed_as_a_file(path: str) -> None:
+    with pytest.raises(ValidationError, match="must name a file"):
+        FileRecord(path=path, bytes=1, sha256="0" * 64)
+
+
+@pytest.mark.parametrize("root", OUTSIDE)
+def test_a_root_outside_the_folder_is_refused(tmp_path: Path, root: str) -> None:
+    with pytest.raises(ManifestError, match="root: Value error, must lie inside the folder"):
+        read_dataset_manifest(written(tmp_path / "d", root=root))
+
+
+@pytest.mark.parametrize("root", ["", "parts-20260101T000000Z-00000000", "a/b"])
+def test_a_root_inside_the_folder_is_read(tmp_path: Path, root: str) -> None:
+    assert read_dataset_manifest(written(tmp_path / "d", root=root)).root == root
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "a b", "train\n"])
+def test_a_split_has_a_plain_name(tmp_path: Path, name: str) -> None:
+    counts = {name: {"rows": 0, "normal": 0, "metastatic": 0, "groups": 0}}
+    shard = {"path": "a.parquet", "bytes": 0, "sha256": "0" * 64, "rows": 0, "split": name}
+    for changes in ({"counts": counts}, {"shards": [shard]}):
+        with pytest.raises(ManifestError, match="must be a name of letters, digits"):
+            read_dataset_manifest(written(tmp_path / "d", **changes))
 
 
 @pytest.mark.parametrize(
