@@ -105,7 +105,7 @@ def main() -> int:
     if args.rounds < 7:
         parser.error("--rounds: at least 7")
     source = open_source(PrepareConfig(), args.source)
-    images, _, _ = read_patches(reader_of(source.reader), source.entries.slice(0, args.count), _SIDE)
+    images = np.concatenate([part.copy() for part, _, _ in read_patches(reader_of(source.reader), source.entries.slice(0, args.count), _SIDE)])
     print(f"{len(images)} patches, pyarrow {pa.__version__}, Pillow {Image.__version__}, one core\n")
     seconds: dict[int, tuple[list[float], list[float]]] = {number: ([], []) for number in range(len(CASES))}
     sizes: dict[int, int] = {}

@@ -62,11 +62,13 @@ def decode_and_write(source: Source) -> Run:
     def run(out: Path) -> None:
         files, rows, sums = [], [], []
         for start in range(0, len(source.entries), _BLOCK_ROWS):
-            images, _, _ = read_patches(reader, source.entries.slice(start, _BLOCK_ROWS), size_px)
             files.append(out / f"{start}.pixels")
-            rows.append(len(images))
-            sums.append(checksums(images))
-            images.tofile(files[-1])
+            rows.append(0)
+            with files[-1].open("wb") as file:
+                for images, _, _ in read_patches(reader, source.entries.slice(start, _BLOCK_ROWS), size_px):
+                    sums.append(checksums(images))
+                    rows[-1] += len(images)
+                    file.write(images.data)
         spool = Spool(tuple(files), tuple(rows), size_px)
         order = np.random.default_rng(0).permutation(len(spool))
         entries = source.entries.select(["id", "label", "slide"]).append_column("group", source.entries["id"])

@@ -73,5 +73,7 @@ def equal_runs(column: pa.ChunkedArray) -> list[npt.NDArray[np.int64]]:
     values = column.combine_chunks().dictionary_encode()
     codes = values.indices.to_numpy(zero_copy_only=False)
     order = np.argsort(codes, kind="stable").astype(np.int64)
-    starts = np.flatnonzero(np.concatenate([[True], np.diff(codes[order]) != 0])) if len(codes) else np.empty(0, np.int64)
-    return [run for run in np.split(order, starts[1:]) if len(run) > 1] if len(codes) else []
+    starts = np.flatnonzero(np.diff(codes[order], prepend=-1))
+    ends = np.append(starts[1:], len(order))
+    several = ends - starts > 1
+    return [order[start:end] for start, end in zip(starts[several].tolist(), ends[several].tolist(), strict=True)]

@@ -1,22 +1,23 @@
 """Decoding one block of inputs: what a Ray Data task of prepare does. Pixels go to disk, only figures about them are kept."""
 
 import hashlib
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.anchors import anchors
+from data_prep.anchors import Anchors
 from data_prep.rejects import Reject, RejectReason
 from data_prep.sources.base import ENTRY_SCHEMA, Reader, Unread
 from data_prep.spool import Spool, anchors_path, checksums, metadata_path, pixels_path
 from sentinode.errors import PatchError, PatchErrorCode
 from sentinode.images import UInt8Array, decode_patch
+from sentinode.storage import temporary_name
 from sentinode.tissue import BLACK_MAX, WHITE_MIN, is_tissue
 
 _TRIPLE = pa.list_(pa.int64(), 3)
@@ -36,9 +37,10 @@ DECODED_SCHEMA = pa.schema(
 """One row per input of a block, in order. `reason` is null for decoded patches, which lie in the pixel file in this order; for refused ones the rest
 is. `sums`, `sums_of_squares`: of all 8-bit values, per channel; exact integers, so that no figure depends on the order of addition."""
 
-# 32 patches of 96 px are 0.9 MB: a chunk and its temporaries stay in cache, which makes the passes over them several times as fast.
+# 32 patches of 96 px are 0.9 MB: from reading to writing they stay in a core's cache, which makes the passes over them several times as fast.
 _CHUNK_PATCHES = 32
-_MAY_PASS = (str(RejectReason.MISSING), str(RejectReason.UNREADABLE))
+MAY_PASS = (str(RejectReason.MISSING), str(RejectReason.UNREADABLE))
+"""Reasons that may be gone when it is tried again."""
 
 
 def decode_block(block: int, entries: pa.Table, reader: Reader, work: Path, size_px: int, *, with_anchors: bool) -> None:
@@ -65,19 +67,38 @@ def decode_block(block: int, entries: pa.Table, reader: Reader, work: Path, size
     """
     if is_block_complete(work, block, size_px, len(entries), with_anchors=with_anchors):
         return
-    images, reasons, details = read_patches(reader, entries, size_px)
-    figures = describe(images)
-    for row, patch in zip(np.flatnonzero([reason is None for reason in reasons]).tolist(), range(len(images)), strict=True):
-        if figures.blank[patch]:
-            reasons[row], details[row] = str(RejectReason.BLANK), f"values {images[patch].min()} to {images[patch].max()}"
-    images, figures = images[~figures.blank] if figures.blank.any() else images, figures.take(~figures.blank)
-    # Not `tofile`, nor np.save, which says "0 requested and 0 written" where the disk is full.
-    _write(pixels_path(work, block), lambda temporary: temporary.write_bytes(images.data))
-    if with_anchors:
-        found = anchors(images)
-        _write(anchors_path(work, block), lambda temporary: _save_npy(temporary, found))
+    figures: list[Figures] = []
+    reasons: list[str | None] = []
+    details: list[str | None] = []
+    collected = Anchors(size_px) if with_anchors else None
+
+    def decode_into(path: Path) -> None:
+        with path.open("wb") as file:
+            for images, chunk_reasons, chunk_details in read_patches(reader, entries, size_px):
+                found = describe(images)
+                if found.blank.any():
+                    images, found = _without_blank(images, found, chunk_reasons, chunk_details)
+                file.write(images.data)
+                figures.append(found)
+                reasons.extend(chunk_reasons)
+                details.extend(chunk_details)
+                if collected is not None:
+                    collected.add(images)
+
+    _write(pixels_path(work, block), decode_into)
+    if collected is not None:
+        anchors = collected.result()
+        _write(anchors_path(work, block), lambda temporary: _save_npy(temporary, anchors))
     table = _table(entries, figures, reasons, details)
     _write(metadata_path(work, block), lambda temporary: pq.write_table(table, temporary))
+
+
+def _without_blank(images: UInt8Array, figures: "Figures", reasons: list[str | None], details: list[str | None]) -> tuple[UInt8Array, "Figures"]:
+    """Leave out blank patches, and write down why."""
+    rows = [row for row, reason in enumerate(reasons) if reason is None]
+    for patch in np.flatnonzero(figures.blank).tolist():
+        reasons[rows[patch]], details[rows[patch]] = str(RejectReason.BLANK), f"values {images[patch].min()} to {images[patch].max()}"
+    return images[~figures.blank], figures.take(~figures.blank)
 
 
 def is_block_complete(work: Path, block: int, size_px: int, entries: int, *, with_anchors: bool) -> bool:
@@ -90,7 +111,7 @@ def is_block_complete(work: Path, block: int, size_px: int, entries: int, *, wit
     except (OSError, ValueError, pa.ArrowException):
         return False
     fits = len(reasons) == entries and size == reasons.null_count * size_px * size_px * 3
-    return fits and not any(reason in _MAY_PASS for reason in reasons.drop_null().to_pylist())
+    return fits and not any(reason in MAY_PASS for reason in reasons.drop_null().to_pylist())
 
 
 def read_blocks(work: Path, blocks: int, size_px: int) -> tuple[Spool, pa.Table, list[Reject]]:
@@ -106,40 +127,44 @@ def read_blocks(work: Path, blocks: int, size_px: int) -> tuple[Spool, pa.Table,
     """
     tables = [pq.read_table(metadata_path(work, block), schema=DECODED_SCHEMA) for block in range(blocks)]
     spool = Spool(tuple(pixels_path(work, block) for block in range(blocks)), tuple(table["reason"].null_count for table in tables), size_px)
-    rows = pa.concat_tables(tables)
+    rows = pa.concat_tables([DECODED_SCHEMA.empty_table(), *tables])
     refused = rows.filter(rows["reason"].is_valid()).select(["reason", "id", "path", "detail"]).to_pylist()
     patches = rows.filter(rows["reason"].is_null()).drop_columns(["reason", "detail"])
     return spool, patches.append_column("position", pa.array(np.arange(len(patches)))), [Reject(**row) for row in refused]
 
 
-def read_patches(reader: Reader, entries: pa.Table, size_px: int) -> tuple[UInt8Array, list[str | None], list[str | None]]:
-    """Read and decode inputs.
+def read_patches(reader: Reader, entries: pa.Table, size_px: int) -> Iterator[tuple[UInt8Array, list[str | None], list[str | None]]]:
+    """Read and decode inputs, some at a time.
 
-    Returns
-    -------
+    Yields
+    ------
     images : ndarray of uint8, shape (n, size_px, size_px, 3), RGB
-        Of the inputs that are patches, in order.
+        Of the inputs that are patches, in order; valid until the next ones are asked for.
     reasons, details : list of str or None
         Of every input; None for those in `images`.
     """
-    images = np.empty((len(entries), size_px, size_px, 3), np.uint8)
-    reasons: list[str | None] = [None] * len(entries)
-    details: list[str | None] = [None] * len(entries)
-    count = 0
-    for row, found in enumerate(reader.read(entries)):
-        try:
-            if isinstance(found, Unread):
-                reasons[row], details[row] = str(found.reason), found.detail
+    buffer = np.empty((_CHUNK_PATCHES, size_px, size_px, 3), np.uint8)
+    found = reader.read(entries)
+    for start in range(0, len(entries), _CHUNK_PATCHES):
+        rows = min(_CHUNK_PATCHES, len(entries) - start)
+        reasons: list[str | None] = [None] * rows
+        details: list[str | None] = [None] * rows
+        count = 0
+        for row in range(rows):
+            one = next(found)
+            if isinstance(one, Unread):
+                reasons[row], details[row] = str(one.reason), one.detail
                 continue
-            pixels = decode_patch(found, size_px=size_px) if isinstance(found, bytes) else found
-            if pixels.shape != images.shape[1:]:
-                size = "x".join(map(str, pixels.shape[1::-1]))
-                raise PatchError(PatchErrorCode.WRONG_SIZE, f"the patch is {size} pixels; expected {size_px}x{size_px}")
-            images[count] = pixels
-            count += 1
-        except PatchError as error:
-            reasons[row], details[row] = str(error.code), str(error)
-    return images[:count], reasons, details
+            try:
+                pixels = decode_patch(one, size_px=size_px) if isinstance(one, bytes) else one
+                if pixels.shape != buffer.shape[1:]:
+                    size = "x".join(map(str, pixels.shape[1::-1]))
+                    raise PatchError(PatchErrorCode.WRONG_SIZE, f"the patch is {size} pixels; expected {size_px}x{size_px}")
+                buffer[count] = pixels
+                count += 1
+            except PatchError as error:
+                reasons[row], details[row] = str(error.code), str(error)
+        yield buffer[:count], reasons, details
 
 
 @dataclass(frozen=True)
@@ -168,42 +193,45 @@ class Figures:
 
 
 def describe(images: UInt8Array) -> Figures:
-    """Work out what is kept of patches, uint8 (n, side, side, 3), RGB. Rules: `sentinode.tissue`."""
-    count, area = len(images), images.shape[1] * images.shape[2]
-    fraction = np.empty(count, np.float32)
-    blank, pale = np.empty(count, np.bool_), np.empty(count, np.bool_)
-    sums, squares = np.empty((count, 3), np.int64), np.empty((count, 3), np.int64)
-    for start in range(0, count, _CHUNK_PATCHES):
-        chunk = slice(start, start + _CHUNK_PATCHES)
-        planes = np.ascontiguousarray(images[chunk].reshape(-1, area, 3).transpose(2, 0, 1))
-        high = np.maximum(np.maximum(planes[0], planes[1]), planes[2])
-        low = np.minimum(np.minimum(planes[0], planes[1]), planes[2])
-        stained = is_tissue(high, low)
-        fraction[chunk] = stained.mean(axis=1, dtype=np.float32)
-        pale[chunk] = ~stained.any(axis=1)
-        blank[chunk] = (high.max(axis=1) <= BLACK_MAX) | (low.min(axis=1) >= WHITE_MIN)
-        sums[chunk] = planes.sum(axis=2, dtype=np.uint32).T
-        wide = planes.astype(np.uint16)
-        squares[chunk] = (wide * wide).sum(axis=2, dtype=np.uint64).T  # 255 * 255 fits 16 bits
-    sha1 = [hashlib.sha1(image.data, usedforsecurity=False).hexdigest() for image in images]
-    return Figures(sha1, checksums(images), fraction, blank, pale, sums, squares)
+    """Work out what is kept of patches, uint8 (n, side, side, 3), RGB, a few at a time. Rules: `sentinode.tissue`."""
+    side = images.shape[1]
+    planes = np.ascontiguousarray(images.transpose(3, 0, 1, 2))
+    high = np.maximum(np.maximum(planes[0], planes[1]), planes[2])
+    low = np.minimum(np.minimum(planes[0], planes[1]), planes[2])
+    stained = is_tissue(high, low).reshape(len(images), side * side)
+    # Down the columns first, in the narrowest type that holds the sum of a column: five times as fast as one wide sum.
+    squares = planes.astype(np.uint16)
+    squares *= squares  # 255 * 255 fits 16 bits
+    return Figures(
+        pixel_sha1=[hashlib.sha1(image.data, usedforsecurity=False).hexdigest() for image in images],
+        checksum=checksums(images),
+        tissue_fraction=stained.mean(axis=1, dtype=np.float32),
+        blank=(high.max(axis=(1, 2)) <= BLACK_MAX) | (low.min(axis=(1, 2)) >= WHITE_MIN),
+        pale=np.logical_not(stained.any(axis=1)),
+        sums=planes.sum(axis=2, dtype=np.uint32).sum(axis=2, dtype=np.int64).T,
+        sums_of_squares=squares.sum(axis=2, dtype=np.uint32).sum(axis=2, dtype=np.int64).T,
+    )
 
 
-def _table(entries: pa.Table, figures: Figures, reasons: list[str | None], details: list[str | None]) -> pa.Table:
-    # Row of `figures` for each input, null for the refused ones: taking with nulls spreads the columns.
+def _table(entries: pa.Table, parts: list[Figures], reasons: list[str | None], details: list[str | None]) -> pa.Table:
+    # Row of the figures for each input, null for the refused ones: taking with nulls spreads the columns.
     accepted = np.asarray([reason is None for reason in reasons], np.bool_)
     rows = pa.array(np.where(accepted, np.cumsum(accepted) - 1, 0), pa.int64(), mask=~accepted)
     columns = {
-        "pixel_sha1": pa.array(figures.pixel_sha1, pa.string()),
-        "checksum": pa.array(figures.checksum),
-        "tissue_fraction": pa.array(figures.tissue_fraction),
-        "pale": pa.array(figures.pale),
-        "sums": pa.FixedSizeListArray.from_arrays(pa.array(figures.sums.ravel()), type=_TRIPLE),
-        "sums_of_squares": pa.FixedSizeListArray.from_arrays(pa.array(figures.sums_of_squares.ravel()), type=_TRIPLE),
+        "pixel_sha1": pa.array([sha1 for part in parts for sha1 in part.pixel_sha1], pa.string()),
+        "checksum": _joined([part.checksum for part in parts], pa.uint64()),
+        "tissue_fraction": _joined([part.tissue_fraction for part in parts], pa.float32()),
+        "pale": _joined([part.pale for part in parts], pa.bool_()),
+        "sums": pa.FixedSizeListArray.from_arrays(_joined([part.sums for part in parts], pa.int64()), type=_TRIPLE),
+        "sums_of_squares": pa.FixedSizeListArray.from_arrays(_joined([part.sums_of_squares for part in parts], pa.int64()), type=_TRIPLE),
     }
     spread = {name: column.take(rows) for name, column in columns.items()}
     own = {"reason": pa.array(reasons, pa.string()), "detail": pa.array(details, pa.string())}
     return pa.table({**{name: entries[name] for name in ENTRY_SCHEMA.names}, **spread, **own}, schema=DECODED_SCHEMA)
+
+
+def _joined(parts: Sequence[npt.NDArray[Any]], kind: pa.DataType) -> pa.Array:
+    return pa.array(np.concatenate(parts).ravel() if parts else [], kind)
 
 
 def _save_npy(path: Path, array: npt.NDArray[np.uint64]) -> None:
@@ -213,8 +241,8 @@ def _save_npy(path: Path, array: npt.NDArray[np.uint64]) -> None:
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, then rename it: a file under its own name is whole. The process id keeps retried tasks apart."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Let `write` fill a temporary file, then rename it: a file under its own name is whole."""
+    temporary = temporary_name(path)
     try:
         write(temporary)
         temporary.replace(path)

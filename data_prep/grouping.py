@@ -25,7 +25,8 @@ class Grouping:
     Attributes
     ----------
     groups : ndarray of str, shape (n,)
-        Name of the slide, or the smallest id of those that share pixels; a patch alone has its own id.
+        Name of the slide, or the smallest id of those that share pixels; a patch alone has its own id. Patches with the same pixels, where those are
+        kept, are always in one group (of slides: the one whose name comes first).
     by : {"slide", "pixels", "nothing"}
         What makes a group.
     overlaps : pyarrow.Table or None
@@ -56,18 +57,32 @@ def group_patches(patches: pa.Table, kind: str, find: Callable[[], pa.Table]) ->
         Returns which patches share pixels, OVERLAP_SCHEMA; called for `pixels` only.
     """
     ids = _strings(patches["id"])
+    overlaps, names, edges = None, ids, []
     if kind == "slide":
-        return Grouping(_strings(patches["slide"]), kind, None)
-    if kind == "nothing":
-        return Grouping(ids, kind, None)
-    overlaps = find()
-    first, second = (pc.index_in(overlaps[name], value_set=patches["id"].combine_chunks()) for name in ("first_id", "second_id"))
-    both = pc.and_(pc.is_valid(first), pc.is_valid(second))  # refused patches glue nothing: they are not in the data set
-    overlaps, edges = overlaps.filter(both), [column.filter(both).to_numpy().astype(np.int64) for column in (first, second)]
-    # Equal pixels under several ids, where those are kept: one group even where they are too plain to count as an overlap.
-    for run in equal_runs(patches["pixel_sha1"]):
-        edges = [np.concatenate([edges[0], run[:-1]]), np.concatenate([edges[1], run[1:]])]
-    return Grouping(ids[connected_groups(len(ids), edges[0], edges[1])], kind, overlaps)
+        names = _strings(patches["slide"])
+        edges += _chains(patches["slide"])
+    elif kind == "pixels":
+        overlaps = find()
+        first, second = (pc.index_in(overlaps[name], value_set=patches["id"].combine_chunks()) for name in ("first_id", "second_id"))
+        both = pc.and_(pc.is_valid(first), pc.is_valid(second))  # refused patches glue nothing: they are not in the data set
+        overlaps = overlaps.filter(both)
+        edges.append(np.stack([column.filter(both).to_numpy().astype(np.int64) for column in (first, second)]))
+    edges += _chains(patches["pixel_sha1"])  # also where they are too plain to count as an overlap
+    first, second = np.concatenate(edges, axis=1) if edges else np.empty((2, 0), np.int64)
+    component = connected_groups(len(ids), first, second)
+    return Grouping(_smallest(names, component), kind, overlaps)
+
+
+def _chains(column: pa.ChunkedArray) -> list[npt.NDArray[np.int64]]:
+    """Return edges that connect the rows of equal values, int64 (2, k) each."""
+    return [np.stack([run[:-1], run[1:]]) for run in equal_runs(column)]
+
+
+def _smallest(names: StrArray, component: npt.NDArray[np.int64]) -> StrArray:
+    """Return for each row the smallest name in its component."""
+    order = np.lexsort((names, component))
+    first = order[np.searchsorted(component[order], component)]
+    return names[first]
 
 
 def overlap_table(found: Overlaps, positions: npt.NDArray[np.int64], ids: StrArray, size_px: int) -> pa.Table:
@@ -109,8 +124,8 @@ def leak_level(method: SplitMethod, grouping: Grouping, split: StrArray) -> tupl
     level: LeakLevel = "slide" if grouping.by == "slide" else "pixels"
     if method == "predefined" and (names := straddling(grouping.groups, split)):
         shown = ", ".join(names[:_SHOWN_GROUPS]) + (", ..." if len(names) > _SHOWN_GROUPS else "")
-        what = "slides have patches" if grouping.by == "slide" else "groups of patches that share pixels stand"
-        return "none", [f"the source's own splits leak: {len(names)} {what} in more than one of them ({shown})"]
+        what = "slides (or slides with identical patches)" if grouping.by == "slide" else "groups of patches that share pixels"
+        return "none", [f"the source's own splits leak: {len(names)} {what} stand in more than one of them ({shown})"]
     return level, []
 
 

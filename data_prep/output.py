@@ -1,10 +1,10 @@
 """May prepare write here, and is there anything left to do? Answered before Ray starts."""
 
+import hashlib
 import os
-import tempfile
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import pyarrow.compute as pc
 from pydantic import ValidationError
@@ -19,7 +19,7 @@ from sentinode.errors import ManifestError, UsageError
 from sentinode.locations import Location, locate
 from sentinode.manifests import DatasetManifest, read_dataset_manifest
 from sentinode.publishing import staging_of
-from sentinode.storage import local_path
+from sentinode.storage import canonical_json, local_path
 
 WORK_FORMAT = 2
 """Raised whenever what an interrupted run left behind must not be continued by a newer program."""
@@ -55,14 +55,26 @@ class PrepareRequest:
     overwrite: bool = False
     work_is_private: bool = False
 
-    def as_json(self) -> dict[str, Any]:
-        """Return what must be equal for an interrupted run to be continued."""
-        return {
+    @cached_property
+    def key(self) -> str:
+        """Equal for requests that may continue each other's work, 16 hex digits."""
+        same = {
             "work_format": WORK_FORMAT,
             "sentinode": __version__,
             "inputs_sha256": self.source.inputs_sha256,
             "config": self.config.model_dump(mode="json", exclude={"workers"}),
         }
+        return hashlib.sha256(canonical_json(same)).hexdigest()[:16]
+
+    @property
+    def work(self) -> Path:
+        """What is needed until the data set is finished. Named by `key`: a task that outlives its driver cannot write into another request's work."""
+        return self.staging / self.key / "work"
+
+    @property
+    def data(self) -> Path:
+        """The data set in the making, and nothing else."""
+        return self.staging / self.key / "data"
 
 
 def request_of(
@@ -114,9 +126,8 @@ def request_of(
     target = locate(out)
     if target.is_local and work is not None:
         raise UsageError("--work is for an --out in an object store; a local one is made beside its place, so that publishing is one rename")
-    folder = Path(tempfile.gettempdir()) if work is None else local_path(work)
-    private = work is None and not target.is_local
-    return PrepareRequest(config, listed, target, staging_of(target, folder), overwrite, work_is_private=private)
+    staging = staging_of(target, None if work is None else local_path(work))
+    return PrepareRequest(config, listed, target, staging, overwrite, work_is_private=work is None and not target.is_local)
 
 
 def _text(path: Where | None) -> str | None:
@@ -175,7 +186,10 @@ def is_complete(request: PrepareRequest) -> bool:
         raise UsageError(f"{folder}: was prepared from other inputs; choose another --out or repeat with --overwrite")
     if changed := _changed_keys(manifest, request.config):
         raise UsageError(f"{folder}: was prepared with another config ({', '.join(changed)}); choose another --out or repeat with --overwrite")
-    sizes = {entry.name: entry.size for entry in (folder / manifest.root).entries(recursive=True)}
+    try:
+        sizes = {entry.name: entry.size for entry in (folder / manifest.root).entries(recursive=True)}
+    except FileNotFoundError:
+        sizes = {}
     for record in (*manifest.shards, *manifest.files):
         if sizes.get(record.path) != record.bytes:
             raise UsageError(f"{folder}: {record.path} is missing or damaged; repeat with --overwrite")

@@ -8,7 +8,7 @@ pass through Ray's object store; a run that was killed continues from the blocks
     group      overlaps -> groups                                         (overlap_search.py, grouping.py)
     deal       groups -> splits and folds, patches -> shards and rows     (splits.py, shards.py)
     write      shards, read back; index, refusals, report, manifest       (shards.py, report.py)
-    publish    one rename, or parts and then one put of the manifest      (sentinode/storage.py)
+    publish    one rename, or parts and then one put of the manifest      (sentinode/publishing.py)
 """
 
 import hashlib
@@ -17,6 +17,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -31,7 +32,7 @@ import pyarrow.parquet as pq
 import ray
 
 from data_prep.checks import check_duplicates, check_ids
-from data_prep.decode import decode_block, is_block_complete, read_blocks
+from data_prep.decode import MAY_PASS, decode_block, is_block_complete, read_blocks
 from data_prep.grouping import Grouping, StrArray, group_patches, grouping_kind, leak_level, overlap_table
 from data_prep.output import PrepareRequest, belongs_to, is_complete, rejected_at
 from data_prep.overlap_search import search_overlaps
@@ -46,12 +47,13 @@ from data_prep.spool import IntArray, Spool
 from data_prep.tasks import Progress, run_tasks, what_failed
 from sentinode.config import PrepareConfig
 from sentinode.dataset import fingerprint
+from sentinode.dataset_checks import check_records
 from sentinode.errors import ManifestError, ManifestNotFoundError, RejectedInputsError, SentinodeError, UsageError
 from sentinode.images import UInt8Array
 from sentinode.locations import Location, locate
 from sentinode.manifests import DATASET_FORMAT_VERSION, DatasetManifest, FileRecord, ShardRecord, SplitMethod, SplitReport, read_dataset_manifest
-from sentinode.publishing import new_root, publish, upload_part, writing
-from sentinode.storage import file_record, write_json, write_text_atomic
+from sentinode.publishing import clean_up, new_root, publish, upload_part, writing
+from sentinode.storage import canonical_json, file_record, write_json, write_text_atomic
 from sentinode.versions import git_commit, library_versions
 
 log = logging.getLogger(__name__)
@@ -86,6 +88,7 @@ def prepare(request: PrepareRequest, *, progress: Progress | None = None) -> Pre
     """
     out, staging = request.out, request.staging
     if is_complete(request):
+        _clear_up(request)
         return PrepareResult(out, read_dataset_manifest(out), already_complete=True)
     if not ray.is_initialized():
         raise SentinodeError("Ray does not run; start it with ray.init() before prepare")
@@ -100,13 +103,22 @@ def prepare(request: PrepareRequest, *, progress: Progress | None = None) -> Pre
                 _work(request, _open_staging(request), progress or _silent)
             except OSError as error:
                 raise SentinodeError(f"prepare failed: {what_failed(error)}") from error
-        manifest = read_dataset_manifest(staging)
-        shutil.rmtree(staging / "work", ignore_errors=True)
+        manifest = read_dataset_manifest(request.data)
         if not out.is_local:
             _upload(manifest, request, progress or _silent)
-        publish(staging, out, "dataset.json", replace=request.overwrite)
+        publish(request.data, out, "dataset.json", replace=request.overwrite)
+        shutil.rmtree(staging, ignore_errors=True)
         rejected_at(out).remove()
     return PrepareResult(out, manifest, already_complete=False)
+
+
+def _clear_up(request: PrepareRequest) -> None:
+    """Remove what this request left where it was killed between publishing and the end."""
+    clean_up(request.out, request.data, "dataset.json")
+    if request.work.parent.exists():
+        with suppress(UsageError, OSError), writing(request.out, request.staging):
+            shutil.rmtree(request.work.parent)
+            request.staging.rmdir()  # other work in it may be continued
 
 
 def _silent(stage: str, done: int, total: int, unit: str = "patches") -> None:
@@ -114,37 +126,36 @@ def _silent(stage: str, done: int, total: int, unit: str = "patches") -> None:
 
 
 def _is_finished(request: PrepareRequest) -> bool:
-    """Tell whether a run was killed between writing the manifest and publishing."""
+    """Tell whether a run was killed between writing the manifest and publishing, and what it wrote is whole."""
     try:
-        return belongs_to(read_dataset_manifest(request.staging), request)
+        manifest = read_dataset_manifest(request.data)
     except (ManifestNotFoundError, ManifestError):
         return False
+    return belongs_to(manifest, request) and not check_records(request.data, [*manifest.shards, *manifest.files])
 
 
 def _open_staging(request: PrepareRequest) -> str:
     """Keep what an interrupted run of the same request left, delete anything else; returns the root that the run has at its output."""
-    staging = request.staging
-    note = staging / "work" / "request.json"
+    note = request.work / "root.json"
     try:
-        left = json.loads(note.read_text(encoding="utf-8"))
-        if left["request"] == request.as_json():
-            log.info("continuing an interrupted run")
-            for leftover in staging.rglob(".*.tmp"):
-                leftover.unlink(missing_ok=True)
-            return str(left["root"])
+        root = json.loads(note.read_text(encoding="utf-8"))["root"]
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # nothing there, or of another program
-    shutil.rmtree(staging, ignore_errors=True)
-    note.parent.mkdir(parents=True)
-    root = "" if request.out.is_local else new_root()
-    write_json(note, {"request": request.as_json(), "root": root})
-    return root
+        shutil.rmtree(request.staging, ignore_errors=True)
+        request.work.mkdir(parents=True)
+        request.data.mkdir()
+        root = "" if request.out.is_local else new_root()
+        write_json(note, {"root": root})
+    else:
+        log.info("continuing an interrupted run")
+        for leftover in request.staging.rglob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+    return str(root)
 
 
 def _upload(manifest: DatasetManifest, request: PrepareRequest, progress: Progress) -> None:
     """Send everything but the manifest to the object store; what an interrupted run has sent is not sent again."""
     records = [*manifest.shards, *manifest.files]
-    common = {"staging": str(request.staging), "out": str(request.out), "root": manifest.root}
+    common = {"staging": str(request.data), "out": str(request.out), "root": manifest.root}
     tasks = [{"name": record.path, **common} for record in records]
     weights = [-(-record.bytes // 1_000_000) for record in records]
     run_tasks("upload", _upload_task, tasks, progress, workers=request.config.workers, weights=weights, unit="MB")
@@ -155,9 +166,9 @@ def _upload_task(name: str, staging: str, out: str, root: str) -> None:
 
 
 def _work(request: PrepareRequest, root: str, progress: Progress) -> None:
-    """Fill the staging folder, dataset.json last."""
-    config, staging = request.config, request.staging
-    work = staging / "work"
+    """Fill the request's data folder, dataset.json last."""
+    config, work, data = request.config, request.work, request.data
+    (data / "dataset.json").unlink(missing_ok=True)
     source = unpack(request.source, work / "unpacked", partial(progress, unit="bytes"))
     method: SplitMethod = config.split if source.is_labelled else "all"
     kind = grouping_kind(method, slides_known=source.entries["slide"].null_count == 0)
@@ -171,21 +182,21 @@ def _work(request: PrepareRequest, root: str, progress: Progress) -> None:
     def find() -> pa.Table:
         if source.overlaps is not None:
             return source.overlaps
-        found = search_overlaps(spool, work, progress, workers=config.workers)
+        found = search_overlaps(spool, work, progress, workers=config.workers, key=_content_key(spool, decoded))
         return overlap_table(found, patches["position"].to_numpy(), np.asarray(patches["id"].to_pylist(), np.str_), config.patch_size_px)
 
     grouping = group_patches(patches, kind, find)
     dealt = _deal(patches, grouping, method, config)
     level, leak_notes = leak_level(method, grouping, dealt.split)
     placed = place(patches, grouping.groups, dealt.split, dealt.fold, config.seed, config.rows_per_shard)
-    shards = _write_shards(placed, spool, config, staging, progress)
+    shards = _write_shards(placed, spool, config, work, data, progress)
     index = index_of(placed)
-    pq.write_table(index, staging / "index.parquet", compression="zstd")
+    pq.write_table(index, data / "index.parquet", compression="zstd")
     refused = rejects_table(rejects)
-    pq.write_table(refused, staging / "rejected.parquet")
+    pq.write_table(refused, data / "rejected.parquet")
     names = ["index.parquet", "rejected.parquet"]
     if grouping.overlaps is not None:
-        pq.write_table(grouping.overlaps, staging / "overlaps.parquet", compression="zstd")
+        pq.write_table(grouping.overlaps, data / "overlaps.parquet", compression="zstd")
         names.append("overlaps.parquet")
     counts = count_splits(placed)
     mean, std = channel_statistics(placed, config.patch_size_px)
@@ -207,14 +218,14 @@ def _work(request: PrepareRequest, root: str, progress: Progress) -> None:
         leak_level=level,
         rejected=count_reasons(rejects),
         shards=shards,
-        files=[FileRecord(**file_record(staging, name)) for name in names],
+        files=[FileRecord(**file_record(data, name)) for name in names],
         fingerprint=fingerprint(index),
         library_versions=library_versions(),
         git_commit=git_commit(),
     )
-    write_text_atomic(staging / "report.html", data_card(manifest, index, refused, grouping.overlaps, _pixels_by_id(patches, spool)))
-    page = FileRecord(**file_record(staging, "report.html"))
-    write_json(staging / "dataset.json", manifest.model_copy(update={"files": [*manifest.files, page]}).model_dump(mode="json"))
+    write_text_atomic(data / "report.html", data_card(manifest, index, refused, grouping.overlaps, _pixels_by_id(patches, spool)))
+    page = FileRecord(**file_record(data, "report.html"))
+    write_json(data / "dataset.json", manifest.model_copy(update={"files": [*manifest.files, page]}).model_dump(mode="json"))
 
 
 def _decode(source: Source, config: PrepareConfig, work: Path, progress: Progress, *, with_anchors: bool) -> tuple[Spool, pa.Table, list[Reject]]:
@@ -233,6 +244,13 @@ def _decode(source: Source, config: PrepareConfig, work: Path, progress: Progres
     return read_blocks(work, len(counts), size)
 
 
+def _content_key(spool: Spool, decoded: pa.Table) -> str:
+    """Return what says that two spools hold the same pixels in the same places."""
+    digest = hashlib.sha256(canonical_json(list(spool.rows)))
+    digest.update(np.ascontiguousarray(decoded["checksum"].to_numpy()).tobytes())
+    return digest.hexdigest()[:16]
+
+
 def _decode_task(block: int, reader: dict[str, Any], work: str, size_px: int, with_anchors: bool) -> None:
     entries = pq.ParquetFile(Path(work) / "entries.parquet").read_row_group(block)
     decode_block(block, entries, reader_of(reader), Path(work), size_px, with_anchors=with_anchors)
@@ -248,8 +266,9 @@ def _refuse_bad_source(rejects: list[Reject], accepted: int, request: PrepareReq
     buffer = BytesIO()
     pq.write_table(rejects_table(rejects), buffer)
     listed.write_bytes(buffer.getvalue())
-    # Other inputs or another config are needed to get further, and either starts afresh.
-    shutil.rmtree(request.staging, ignore_errors=True)
+    if not any(reject.reason in MAY_PASS for reject in rejects):
+        # Other inputs or another config are needed to get further, and either starts afresh.
+        shutil.rmtree(request.staging, ignore_errors=True)
     counts = ", ".join(f"{count} {reason}" for reason, count in count_reasons(rejects).items())
     raise RejectedInputsError(
         f"{len(rejects)} of {inputs} inputs were refused ({counts}), more than max_rejected_fraction {allowed} allows; "
@@ -271,9 +290,12 @@ def _deal(patches: pa.Table, grouping: Grouping, method: SplitMethod, config: Pr
     return dealt
 
 
-def _write_shards(placed: pa.Table, spool: Spool, config: PrepareConfig, staging: Path, progress: Progress) -> list[ShardRecord]:
-    work = staging / "work"
+def _write_shards(placed: pa.Table, spool: Spool, config: PrepareConfig, work: Path, data: Path, progress: Progress) -> list[ShardRecord]:
     names, starts, counts = _runs(placed["shard"])
+    for path in data.rglob("*.parquet"):
+        # An interrupted run may have had other shards: an input that could not be read then has changed the counts.
+        if path.relative_to(data).as_posix() not in names:
+            path.unlink()
     plan = work / "plan.parquet"
     with pq.ParquetWriter(plan, placed.select(PLAN_COLUMNS).schema) as writer:  # one row group a shard
         for start, count in zip(starts, counts, strict=True):
@@ -282,7 +304,8 @@ def _write_shards(placed: pa.Table, spool: Spool, config: PrepareConfig, staging
         {
             "number": number,
             "name": name,
-            "staging": str(staging),
+            "work": str(work),
+            "data": str(data),
             "spool": spool.to_json(),
             "row_group_rows": config.row_group_rows,
             "compression": config.compression,
@@ -301,11 +324,11 @@ def _runs(column: pa.ChunkedArray) -> tuple[list[str], list[int], list[int]]:
     return runs.values.to_pylist(), starts.tolist(), (ends - starts).tolist()
 
 
-def _shard_task(number: int, name: str, staging: str, spool: dict[str, Any], row_group_rows: int, compression: str) -> dict[str, Any]:
+def _shard_task(number: int, name: str, work: str, data: str, spool: dict[str, Any], row_group_rows: int, compression: str) -> dict[str, Any]:
     """Write one shard unless an interrupted run has written this very one: its note in the work folder says from which rows."""
-    folder = Path(staging)
-    note = folder / "work" / (name.replace("/", "-") + ".json")
-    rows = pq.ParquetFile(folder / "work" / "plan.parquet").read_row_group(number)
+    folder = Path(data)
+    note = Path(work) / (name.replace("/", "-") + ".json")
+    rows = pq.ParquetFile(Path(work) / "plan.parquet").read_row_group(number)
     plan = hashlib.sha256(str(rows.to_pydict()).encode()).hexdigest()
     try:
         found = json.loads(note.read_text(encoding="utf-8"))

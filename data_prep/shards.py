@@ -1,7 +1,6 @@
 """Writing accepted patches as Parquet shards, and the figures that come from them."""
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from sentinode.config import Rgb
 from sentinode.dataset import INDEX_SCHEMA, column_to_images, images_to_column, row_schema
 from sentinode.errors import SentinodeError
 from sentinode.manifests import SplitCounts
+from sentinode.storage import temporary_name
 
 SPLIT_ORDER = ("train", "val", "test", "all")
 PLAN_COLUMNS = ("id", "label", "group", "slide", "position", "checksum")
@@ -86,7 +86,7 @@ def write_shard(name: str, rows: pa.Table, spool: Spool, staging: Path, *, row_g
         Pixels in the spool are not those that were decoded, or what was written does not read back equal.
     """
     path = staging / name
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         write_rows(temporary, rows, spool, row_group_rows=row_group_rows, compression=compression)
@@ -128,12 +128,21 @@ def _row_group(rows: pa.Table, spool: Spool, schema: pa.Schema) -> pa.Table:
 
 def _read_back(name: str, path: Path, rows: pa.Table, size_px: int) -> dict[str, Any]:
     """Read a shard as its users will, compare it with what it should hold, and return its record."""
-    data = path.read_bytes()
-    table = pq.read_table(pa.BufferReader(data), use_threads=False)
-    same = all(table[column].equals(rows[column]) for column in ("id", "label", "group", "slide"))
-    if not same or not np.array_equal(checksums(column_to_images(table["image"], size_px)), rows["checksum"].to_numpy()):
-        raise SentinodeError(f"{name}: what was written does not read back equal; the disk or the memory of this machine is not to be trusted")
-    return {"path": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    with pa.memory_map(str(path)) as data:
+        size, digest = data.size(), hashlib.sha256(data.read_buffer()).hexdigest()
+        start = 0
+        for group in range((file := pq.ParquetFile(data)).num_row_groups):
+            table = file.read_row_group(group, use_threads=False)
+            expected = rows.slice(start, len(table))
+            start += len(table)
+            same = all(table[column].equals(expected[column]) for column in ("id", "label", "group", "slide"))
+            if not same or not np.array_equal(checksums(column_to_images(table["image"], size_px)), expected["checksum"].to_numpy()):
+                raise SentinodeError(
+                    f"{name}: what was written does not read back equal; the disk or the memory of this machine is not to be trusted"
+                )
+    if start != len(rows):
+        raise SentinodeError(f"{name}: {start} rows read back, {len(rows)} were written")
+    return {"path": name, "bytes": size, "sha256": digest}
 
 
 def index_of(placed: pa.Table) -> pa.Table:

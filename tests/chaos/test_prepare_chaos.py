@@ -55,7 +55,9 @@ def _wait_for(condition: Callable[[], bool], command: Running, timeout_s: float 
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("reached", ["work/block-00004.parquet", "work/candidates*", "work/plan.parquet", "*/part-00003.parquet", "index.parquet"])
+@pytest.mark.parametrize(
+    "reached", ["*/work/block-00004.parquet", "*/work/candidates*", "*/work/plan.parquet", "*/data/*/part-00003.parquet", "*/data/index.parquet"]
+)
 def test_a_killed_driver_is_continued_by_the_same_command(source: Path, undisturbed: str, ray_address: str, tmp_path: Path, reached: str) -> None:
     out, staging = tmp_path / "out", tmp_path / "out.staging"
     with running(*_argv(source, out), ray_address=ray_address) as command:
@@ -69,7 +71,7 @@ def test_a_killed_driver_is_continued_by_the_same_command(source: Path, undistur
 def test_a_killed_worker_is_replaced_without_being_asked(source: Path, undisturbed: str, ray_address: str, tmp_path: Path) -> None:
     out, staging = tmp_path / "out", tmp_path / "out.staging"
     with running(*_argv(source, out), ray_address=ray_address) as command:
-        _wait_for(lambda: any(staging.glob("work/block-00002.parquet")), command)
+        _wait_for(lambda: any(staging.glob("*/work/block-00002.parquet")), command)
         victims = [process for process in psutil.Process().children(recursive=True) if "MapBatches" in " ".join(process.cmdline())]
         assert victims
         for victim in victims:
@@ -102,7 +104,7 @@ def test_a_full_disk_is_one_clear_line_and_with_more_room_the_same_command_conti
     assert "Traceback" not in failed.stderr
     assert not out.exists()
     subprocess.run(["mount", "-o", "remount,size=512m", small_disk], check=True)
-    before = {path.name for path in (small_disk / "out.staging" / "work").glob("block-*.parquet")}
+    before = {path.name for path in (small_disk / "out.staging").glob("*/work/block-*.parquet")}
     assert before, "no block was done before the disk was full"
     assert _prepare_again(source, out, ray_address) == undisturbed
 
@@ -110,12 +112,12 @@ def test_a_full_disk_is_one_clear_line_and_with_more_room_the_same_command_conti
 def test_a_damaged_spool_is_noticed_before_anything_is_published(source: Path, ray_address: str, tmp_path: Path) -> None:
     out, staging = tmp_path / "out", tmp_path / "out.staging"
     with running(*_argv(source, out), ray_address=ray_address) as command:
-        _wait_for(lambda: any(staging.glob("work/plan.parquet")), command)
+        _wait_for(lambda: any(staging.glob("*/work/plan.parquet")), command)
         command.process.send_signal(signal.SIGKILL)
         command.process.wait(30)
-    for path in staging.glob("*/part-*.parquet"):
+    for path in staging.glob("*/data/*/part-*.parquet"):
         path.unlink()
-    pixels = staging / "work" / "block-00001.pixels"
+    (pixels,) = staging.glob("*/work/block-00001.pixels")
     with pixels.open("r+b") as file:  # a page that the disk lost
         file.seek(50_000)
         file.write(bytes(4096))

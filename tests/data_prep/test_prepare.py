@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep.output import is_complete, rejected_at, request_of
+from data_prep.output import PrepareRequest, is_complete, rejected_at, request_of
 from data_prep.prepare import PrepareResult
 from data_prep.prepare import prepare as run
 from data_prep.synth import synthesize
@@ -21,6 +21,7 @@ from sentinode.errors import RejectedInputsError, SentinodeError, UsageError
 from sentinode.locations import locate
 from sentinode.manifests import LEAK_MEANING
 from sentinode.storage import staging_path
+from tests.data_prep.helpers import write_source
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -180,7 +181,7 @@ def test_a_killed_run_continues_where_it_was(
         with pytest.raises(KeyboardInterrupt):
             prepare(CONFIG, source, out)
     assert not out.exists()
-    blocks = sorted(staging_path(out).glob("work/block-*.parquet"))
+    blocks = sorted(staging_path(out).glob("*/work/block-*.parquet"))
     if blocks:
         blocks[0].unlink()  # as if the kill had come before the first block was done
     recorder = Recorder()
@@ -193,9 +194,9 @@ def test_a_killed_run_continues_where_it_was(
 
 
 def test_what_another_request_left_behind_is_not_continued(source: Path, tmp_path: Path) -> None:
-    work = staging_path(tmp_path / "out") / "work"
+    work = staging_path(tmp_path / "out") / "0123456789abcdef" / "work"
     work.mkdir(parents=True)
-    (work / "request.json").write_text("{}")
+    (work / "root.json").write_text('{"root": ""}')
     (work / "block-00000.parquet").write_text("old")
     recorder = Recorder()
     prepare(CONFIG, source, tmp_path / "out", progress=recorder)
@@ -262,3 +263,86 @@ def test_pixels_that_change_on_disk_after_decoding_stop_the_run(source: Path, tm
 def test_a_mistake_inside_a_task_is_named_in_one_line() -> None:
     with pytest.raises(SentinodeError, match=r"^stage failed: ZeroDivisionError: a mistake in the program$"):
         run_tasks("stage", broken_task, [{}], Recorder())
+
+
+def test_an_input_that_becomes_readable_between_two_runs_is_searched_for_overlaps_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every later patch has another place in the spool then: nothing of the first search may be used."""
+    rng = np.random.default_rng(1)
+    field = rng.integers(0, 256, (96, 96 + 40 * 30, 3), dtype=np.uint8)
+    patches = {f"{number:02d}": np.ascontiguousarray(field[:, 40 * number : 40 * number + 96]) for number in range(30)}
+    folder = write_source(tmp_path / "source", patches)
+    missing = folder / "train" / "00.tif"
+    content, away = missing.read_bytes(), tmp_path / "elsewhere.tif"
+    missing.unlink()
+    missing.symlink_to(away)
+    config = PrepareConfig(decode_block_rows=8, max_rejected_fraction=0.5)
+
+    def killed(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("data_prep.prepare._deal", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config, folder, tmp_path / "out")
+    away.write_bytes(content)
+    request = request_of(config, folder, tmp_path / "out")
+    # As an object of a table that comes late, or a file server that is back: the listing is as it was.
+    (left,) = request.staging.iterdir()
+    monkeypatch.setattr(PrepareRequest, "key", left.name)
+    manifest = run(request).manifest
+    assert manifest.rejected == {}
+    assert manifest.split.overlap_pairs == 29 + 28
+    index = PreparedDataset.open(tmp_path / "out").index
+    assert set(index["group"].to_pylist()) == {"00"}
+
+
+def test_inputs_that_are_all_refused_before_decoding_leave_the_list(copy: Path, tmp_path: Path) -> None:
+    lines = (copy / "train_labels.csv").read_text().splitlines()
+    (copy / "train_labels.csv").write_text("\n".join([lines[0], *(line for line in lines[1:] for _ in range(2))]))
+    with pytest.raises(RejectedInputsError, match="400 duplicate_id"):
+        prepare(PrepareConfig(max_rejected_fraction=1), copy, tmp_path / "out")
+    assert len(pq.read_table(rejected_at(locate(tmp_path / "out")).local)) == 400
+
+
+def test_a_refused_run_keeps_its_work_where_inputs_may_become_readable(copy: Path, tmp_path: Path) -> None:
+    victim = next((copy / "train").iterdir())
+    content = victim.read_bytes()
+    victim.unlink()
+    victim.symlink_to(tmp_path / "gone.tif")
+    config = CONFIG.model_copy(update={"max_rejected_fraction": 0.0})
+    with pytest.raises(RejectedInputsError, match="1 unreadable"):
+        prepare(config, copy, tmp_path / "out")
+    assert any(staging_path(tmp_path / "out").glob("*/work/block-*.parquet"))
+    victim.unlink()
+    victim.write_bytes(content)
+    assert prepare(config, copy, tmp_path / "out").manifest.rejected == {}
+
+
+def test_what_is_left_by_a_kill_after_publishing_is_cleared_up_by_the_same_command(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("data_prep.prepare.rejected_at", killed)
+        patched.setattr("data_prep.prepare.shutil.rmtree", lambda *arguments, **named: None)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(CONFIG, source, tmp_path / "out")
+    assert staging_path(tmp_path / "out").exists()
+    assert prepare(CONFIG, source, tmp_path / "out").already_complete
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_finished_staging_folder_that_was_damaged_is_not_published(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("data_prep.prepare.publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(CONFIG, source, tmp_path / "out")
+    (shard,) = staging_path(tmp_path / "out").glob("*/data/train/part-00000.parquet")
+    shard.write_bytes(b"")  # the machine lost its power before the disk had it
+    prepare(CONFIG, source, tmp_path / "out")
+    assert PreparedDataset.open(tmp_path / "out").verify() == []

@@ -191,3 +191,18 @@ def test_an_interrupted_upload_continues_below_the_same_root(
     after = {entry.name: entry.stamp for entry in locate(out).entries(recursive=True)}
     assert after.keys() - sent.keys() == {"dataset.json"}
     assert {name.partition("/")[0] for name in sent} == {result.manifest.root}
+
+
+def test_identical_patches_of_two_slides_never_straddle_a_split(tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+    images = [noise(rng) for _ in range(20)]
+    images = [image for image in images for _ in range(2)]
+    rows = [{"slide": f"s{number % 2}-{number // 4}"} for number in range(40)]
+    table = write_table(tmp_path / "source", rows, images)
+    text = table.read_text().splitlines()
+    table.write_text("\n".join([text[0], *(line.replace(",0,", ",1,", 1) for line in text[1:])]))  # one label, or they would contradict each other
+    manifest = prepare(table, tmp_path / "out", settings={"split": "slide", "duplicates": "keep"}).manifest
+    assert manifest.leak_level == "slide"
+    index = PreparedDataset.open(tmp_path / "out").index.to_pylist()
+    assert len({(row["pixel_sha1"], row["split"]) for row in index}) == 20
+    assert {row["group"] for row in index} == {f"s0-{number}" for number in range(10)}
