@@ -1,4 +1,6 @@
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,9 @@ from data_prep.sources.detect import reader_of
 from sentinode.dataset import INDEX_SCHEMA, OVERLAP_SCHEMA, REJECTED_SCHEMA, images_to_column, row_schema
 from sentinode.errors import ManifestError, ManifestNotFoundError, StorageError
 from sentinode.images import UInt8Array
-from sentinode.manifests import FileRecord, ShardRecord
-from sentinode.storage import file_record
+from sentinode.manifests import DatasetManifest, FileRecord, ShardRecord
+from sentinode.storage import file_record, write_json
+from tests.data_prep.helpers import sha1
 from tests.data_prep.sources.helpers import column, rows
 from tests.factories import dataset_manifest
 
@@ -22,9 +25,11 @@ SIDE = 32
 OVERLAPS = pa.table({"first_id": ["p001"], "second_id": ["p003"], "dy_px": [1], "dx_px": [-2]}).cast(OVERLAP_SCHEMA)
 
 
-def write_dataset(out: Path, *, labelled: bool = True, with_overlaps: bool = True, root: str = "") -> dict[str, UInt8Array]:
+def write_dataset(
+    out: Path, *, labelled: bool = True, with_overlaps: bool = True, root: str = "", seed: int = 0, split: str | None = None
+) -> dict[str, UInt8Array]:
     """A data set of shards of 5, 3 and 2 rows in row groups of 2; returns the pixels by id. The index is in another order than the shards."""
-    images = np.random.default_rng(0).integers(0, 256, (10, SIDE, SIDE, 3), dtype=np.uint8)
+    images = np.random.default_rng(seed).integers(0, 256, (10, SIDE, SIDE, 3), dtype=np.uint8)
     (out / root).mkdir(parents=True)
     index, shards, number = [], [], 0
     for name, count in (("train/part-00000.parquet", 5), ("train/part-00001.parquet", 3), ("val/part-00000.parquet", 2)):
@@ -37,7 +42,7 @@ def write_dataset(out: Path, *, labelled: bool = True, with_overlaps: bool = Tru
         shards.append(ShardRecord(**file_record(out / root, name), split=name.partition("/")[0], rows=count))
         for row, id_ in enumerate(ids):
             place = {"slide": f"s{row}", "centre": "c", "x_px": row, "y_px": -row, "source_path": f"train/{id_}.tif" if row else None}
-            fixed = {"split": name.partition("/")[0], "group": id_, "pixel_sha1": "0" * 40}
+            fixed = {"split": split or name.partition("/")[0], "group": id_, "pixel_sha1": sha1(images[number + row])}
             index.append({"id": id_, "label": labels[row], "shard": name, "row": row} | place | fixed)
         number += count
     index.sort(key=lambda entry: entry["id"])
@@ -129,8 +134,63 @@ def test_a_damaged_index_is_named(tmp_path: Path) -> None:
     }
     for table, message in broken.values():
         pq.write_table(table, tmp_path / "old" / "index.parquet")
+        record_again(tmp_path / "old", "index.parquet")
         with pytest.raises(ManifestError, match=f"index.parquet: {message}.*sentinode verify"):
             from_dataset(str(tmp_path / "old"))
+
+
+def record_again(folder: Path, name: str) -> None:
+    """Let dataset.json list a file as it is now."""
+    rewrite_manifest(folder, lambda files: [file_record(folder, name) if file["path"] == name else file for file in files])
+
+
+def rewrite_manifest(folder: Path, change: Callable[[list[dict[str, object]]], list[dict[str, object]]]) -> None:
+    manifest = DatasetManifest.model_validate_json((folder / "dataset.json").read_text()).model_dump(mode="json")
+    write_json(folder / "dataset.json", manifest | {"files": change(manifest["files"])})
+
+
+@pytest.mark.parametrize("name", ["index.parquet", "rejected.parquet", "overlaps.parquet"])
+def test_a_table_that_is_not_the_one_listed_is_never_taken_over(tmp_path: Path, name: str) -> None:
+    write_dataset(tmp_path / "old")
+    table = pq.read_table(tmp_path / "old" / name)
+    pq.write_table(table.slice(0, 1) if name == "rejected.parquet" else table, tmp_path / "old" / name, compression="none")
+    with pytest.raises(ManifestError, match=rf"{name}: is not the file that dataset.json lists .*; `sentinode verify`"):
+        from_dataset(str(tmp_path / "old"))
+
+
+def test_a_manifest_without_an_index_is_named(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "old")
+    rewrite_manifest(tmp_path / "old", lambda files: files[1:])
+    with pytest.raises(ManifestError, match=r"dataset.json: lists no index.parquet"):
+        from_dataset(str(tmp_path / "old"))
+
+
+def test_damaged_pixels_are_never_taken_over(tmp_path: Path) -> None:
+    expected = write_dataset(tmp_path / "old")
+    shard = tmp_path / "old" / "train" / "part-00001.parquet"
+    image = expected["p003"].tobytes()  # its second row
+    content = bytearray(shard.read_bytes())
+    content[content.index(image) + 5] ^= 1
+    shard.write_bytes(content)
+    source = from_dataset(str(tmp_path / "old"))
+    reader = reader_of(source.reader)
+    assert len(list(reader.read(source.entries.slice(0, 6)))) == 6
+    with pytest.raises(ManifestError, match=r"part-00001.parquet: the pixels of row 1 are not those that were prepared; `sentinode verify` checks"):
+        list(reader.read(source.entries))
+
+
+def test_a_data_set_replaced_at_the_same_place_is_compared_with_its_own_index(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "old")
+    assert len(read_all(tmp_path / "old")) == 10
+    shutil.rmtree(tmp_path / "old")
+    replaced = write_dataset(tmp_path / "old", seed=1)
+    found = read_all(tmp_path / "old")
+    assert all(np.array_equal(found[id_], replaced[id_]) for id_ in replaced)
+
+
+def test_one_split_for_all_is_no_split_of_its_own(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "old", split="all")
+    assert set(column(from_dataset(str(tmp_path / "old")), "split")) == {None}
 
 
 def test_a_damaged_or_missing_shard_stops_the_run(tmp_path: Path) -> None:
