@@ -26,6 +26,18 @@ ENTRY_SCHEMA = pa.schema(
 counts patches inside a container file; (`x_px`, `y_px`) is the patch's origin in its slide; `split` (train, val, test) is the source's own."""
 
 
+MAX_ID_CHARACTERS = 255
+"""Of an id or the name of a slide, as a file's name may have: one that is a page long, a wrong column mostly, would take its length for every row."""
+
+MAX_FILE_BYTES = 64 << 20
+"""Of an image file. No patch needs more: 512 px a side are 0.8 MB. A whole slide that lies among them must not fill the memory."""
+
+
+def too_many_bytes(size: int) -> str:
+    """Return what to say of a file larger than MAX_FILE_BYTES."""
+    return f"{size} bytes; a patch has fewer than {MAX_FILE_BYTES}"
+
+
 @dataclass(frozen=True)
 class Unread:
     """An input that could not be read at all: no bytes, no pixels."""

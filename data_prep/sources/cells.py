@@ -1,13 +1,18 @@
 """Columns of a file that describes the inputs, as text, whatever the file's format; finding them by name."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from data_prep.rejects import Reject, RejectReason
+from data_prep.sources.base import MAX_ID_CHARACTERS
 from sentinode.config import PrepareConfig
 from sentinode.errors import UsageError
 
 _SHOWN_COLUMNS = 12
+# pandas writes 12.0 for 12 as soon as one number of the column is missing. More digits than fit 64 bits are no place in a slide.
+_WHOLE_NUMBER = re.compile(r"([+-]?[0-9]{1,19})(\.0)?", re.ASCII)
+_INT64 = range(-(1 << 63), 1 << 63)
 
 
 @dataclass(frozen=True)
@@ -49,21 +54,33 @@ class Cells:
         return f"{self.place(row)} has {self.ragged[row]} fields, the header {self.width}"
 
     def whole_numbers(self, column: str, rows: Iterable[int]) -> list[int | None]:
-        """Return the values of some rows; raises UsageError naming the first that is no whole number."""
-        values, found = self.columns[column], []
+        """Return the values of some rows; raises UsageError naming the first that is no whole number of 64 bits."""
+        values, found = self.columns[column], list[int | None]()
         for row in rows:
-            try:
-                # pandas writes 12.0 for 12 as soon as one number of the column is missing.
-                found.append(int(values[row].removesuffix(".0")) if values[row] else None)
-            except ValueError as error:
-                raise UsageError(f"{self.name}: {self.place(row)} has {column} {values[row][:40]!r}; expected a whole number") from error
+            if not values[row]:
+                found.append(None)
+            elif (match := _WHOLE_NUMBER.fullmatch(values[row])) and (number := int(match[1])) in _INT64:
+                found.append(number)
+            else:
+                raise UsageError(f"{self.name}: {self.place(row)} has {column} {values[row][:40]!r}; expected a whole number")
         return found
+
+    def refuse_long(self, values: Sequence[str], what: str) -> None:
+        """Raise UsageError naming the first row whose value, of a column or made of one, is too long for `what`: an id, a slide."""
+        if (row := next((row for row, value in enumerate(values) if len(value) > MAX_ID_CHARACTERS), None)) is not None:
+            raise UsageError(f"{self.name}: {self.place(row)} has {too_long(values[row], what)}")
 
     def refuse_if_all_labels_are_bad(self, rejects: Sequence[Reject]) -> None:
         """Raise UsageError with the first reason where no row at all has a usable label: then it is not the labels that are wrong, but the file."""
         bad = [reject for reject in rejects if reject.reason == RejectReason.BAD_LABEL]
         if bad and len(bad) == len(self):
             raise UsageError(f"{self.name}: none of its {len(self)} {self.line_word}s has a usable label; {bad[0].detail}")
+
+
+def too_long(value: str, what: str) -> str:
+    """Return what to say of a value that has more than MAX_ID_CHARACTERS."""
+    advice = "; a table with a column id can name the patches otherwise" if what == "id" else ""
+    return f"{what} {value[:40]!r}…, {len(value)} characters; expected at most {MAX_ID_CHARACTERS}{advice}"
 
 
 def column_names(config: PrepareConfig) -> dict[str, str]:

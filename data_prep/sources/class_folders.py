@@ -4,17 +4,19 @@ from pathlib import PurePosixPath
 
 from data_prep.rejects import Reject, RejectReason
 from data_prep.sources.base import Source
-from data_prep.sources.entries import entry_table, inputs_digest
+from data_prep.sources.entries import entry_table, inputs_digest, without_too_large
 from data_prep.sources.files import files_spec
-from data_prep.sources.listing import list_images, repeated, split_off_unwritable, stem_of
-from data_prep.sources.slides import files_of, read_slides
+from data_prep.sources.listing import list_images, refuse_long_ids, repeated, stem_of
+from data_prep.sources.slides import files_of, read_slides, slides_of
 from sentinode.config import PrepareConfig
 from sentinode.errors import UsageError
 from sentinode.locations import Location
 
 
 def open_class_folders(config: PrepareConfig, where: Location, *, slides: Location | None = None) -> Source:
-    """List both folders; no image is opened. An id is the path below its class folder, without suffix.
+    """List both folders; no image is opened.
+
+    An id is the path below its class folder, without suffix; where the two folders have such a path in common, all ids begin with the class folder.
 
     Parameters
     ----------
@@ -35,9 +37,9 @@ def open_class_folders(config: PrepareConfig, where: Location, *, slides: Locati
         raise UsageError(f"class_folders {list(config.class_folders)}: one lies in the other")
     slide_of, slides_content = read_slides(config, slides)
     listing = list_images(where, recursive=True)
-    names, rejects = split_off_unwritable(listing.names)
+    rejects = list(listing.refused)
     found: tuple[list[str], list[str]] = ([], [])
-    for name in names:
+    for name in listing.names:
         label = next((label for label, prefix in enumerate(prefixes) if name.startswith(prefix)), None)
         if label is None:
             detail = f"lies in neither {config.class_folders[0]} nor {config.class_folders[1]}"
@@ -51,17 +53,21 @@ def open_class_folders(config: PrepareConfig, where: Location, *, slides: Locati
             )
     paths = [*found[0], *found[1]]
     labels = [0] * len(found[0]) + [1] * len(found[1])
-    ids = [stem_of(path[len(prefixes[label]) :]) for path, label in zip(paths, labels, strict=True)]
+    short = [[stem_of(path[len(prefix) :]) for path in of_class] for prefix, of_class in zip(prefixes, found, strict=True)]
+    ids = [*short[0], *short[1]] if set(short[0]).isdisjoint(short[1]) else [stem_of(path) for path in paths]
+    refuse_long_ids(ids, where)
     if several := repeated(ids):
-        detail = "several files have this id, in one of the folders or in both"
+        detail = "several files of the folder have this id"
         rejects += [Reject(RejectReason.DUPLICATE_ID, id_, path, detail) for id_, path in zip(ids, paths, strict=True) if id_ in several]
         kept = [row for row, id_ in enumerate(ids) if id_ not in several]
         ids, paths, labels = [ids[row] for row in kept], [paths[row] for row in kept], [labels[row] for row in kept]
+    entries = entry_table(id=ids, label=labels, path=paths, slide=slides_of(ids, slide_of, slides))
+    entries, too_large = without_too_large(entries, listing.too_large)
     return Source(
         kind="class_folders",
         where=str(where),
-        entries=entry_table(id=ids, label=labels, path=paths, slide=list(map(slide_of.get, ids))),
-        rejects=tuple(rejects),
+        entries=entries,
+        rejects=(*rejects, *too_large),
         inputs_sha256=inputs_digest([slides_content], listing.digest),
         reader=files_spec(where),
         files=files_of(slides=slides),

@@ -10,38 +10,48 @@ from typing import Any
 import pyarrow as pa
 
 from data_prep.rejects import RejectReason
-from data_prep.sources.base import Unread
+from data_prep.sources.base import MAX_FILE_BYTES, Unread, too_many_bytes
 from sentinode.errors import StorageError, UsageError
 from sentinode.locations import Location
 from sentinode.retries import try_local
 
-_MAX_BYTES = 64 << 20
-"""No patch needs more: 512 px a side are 0.8 MB. A whole slide that lies among them must not fill the memory."""
+PLACES = ("file", "s3", "gs", "az", "abfs")
+"""Schemes of places that the user's own credentials open. A table from elsewhere must not make a cluster fetch addresses of its author's choice."""
+
 _OBJECTS_PER_BATCH = 256
 """Enough that the slow ones among the objects that are read together do not hold up the rest; 7 MB of usual patches."""
 
 _LOCAL_ROOT = Location("")
 
 
-def files_spec(base: Location) -> dict[str, Any]:
-    """Return the arguments of `FilesReader.of` for paths relative to `base`."""
-    return {"kind": "files", "base": str(base)}
+def files_spec(base: Location, *, from_table: bool = False) -> dict[str, Any]:
+    """Return the arguments of `FilesReader.of`.
+
+    Parameters
+    ----------
+    base : Location
+        What paths are relative to.
+    from_table : bool
+        A person wrote the paths: they may also be absolute, or URIs. Otherwise they come from a listing of `base` and lie in it, whatever they look
+        like: an object may be called `http://host/x.tif`.
+    """
+    return {"kind": "files", "base": str(base), "from_table": from_table}
 
 
 class FilesReader:
     """Reads files whole, from any mixture of places; what has no content is refused with its reason."""
 
-    def __init__(self, base: Location) -> None:
-        self._base = base
+    def __init__(self, base: Location, *, from_table: bool) -> None:
+        self._base, self._from_table = base, from_table
 
     @classmethod
     def of(cls, spec: Mapping[str, Any]) -> "FilesReader":
         """Make it from what `files_spec` returned."""
-        return cls(Location(spec["base"]))
+        return cls(Location(spec["base"]), from_table=spec["from_table"])
 
     def read(self, entries: pa.Table) -> Iterator[bytes | Unread]:
         """Yield the content of each file, in order; raises StorageError where the storage does not answer."""
-        for root, placed in groupby((place_of(self._base, path) for path in entries["path"].to_pylist()), key=lambda place: place[0]):
+        for root, placed in groupby(map(self._place, entries["path"].to_pylist()), key=lambda place: place[0]):
             names = [name for _, name in placed]
             if root.is_local:
                 for name in names:
@@ -51,14 +61,26 @@ class FilesReader:
                 for content in _read_objects(root, names[start : start + _OBJECTS_PER_BATCH]):
                     yield _unread(content) if isinstance(content, OSError) else content
 
+    def _place(self, path: str) -> tuple[Location, str]:
+        return place_of(self._base, path) if self._from_table else (self._base, path)
+
 
 def place_of(base: Location, path: str) -> tuple[Location, str]:
-    """Return a root and the name below it for a path relative to `base`, an absolute path, or a URI."""
+    """Return a root and the name below it for what a table calls a path: relative to `base`, absolute, or a URI.
+
+    Raises
+    ------
+    UsageError
+        The URI is of no place that may be read.
+    """
     scheme, separator, rest = path.partition("://")
     if not separator:
         return (_LOCAL_ROOT, path[1:]) if path.startswith("/") else (base, path)
     if scheme == "file":
         return _LOCAL_ROOT, rest.lstrip("/")
+    if scheme not in PLACES:
+        allowed = ", ".join(f"{known}://" for known in PLACES)
+        raise UsageError(f"a path that begins with {scheme[:20]}://; expected a plain path or one of {allowed}")
     bucket, _, key = rest.partition("/")
     return Location(f"{scheme}://{bucket}"), key
 
@@ -102,8 +124,8 @@ def _read_once(path: str) -> bytes | Unread:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             return Unread(RejectReason.UNREADABLE, "not a file")
-        if status.st_size > _MAX_BYTES:
-            return Unread(RejectReason.UNREADABLE, f"{status.st_size} bytes, too many for a patch")
+        if status.st_size > MAX_FILE_BYTES:
+            return Unread(RejectReason.UNREADABLE, too_many_bytes(status.st_size))
         data = os.read(descriptor, status.st_size)
         # A read may be short; past the end it is empty.
         while len(data) < status.st_size and (more := os.read(descriptor, status.st_size - len(data))):

@@ -3,18 +3,16 @@
 The labels file is the source of truth; every disagreement with the folder becomes a reject.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
-
-import pyarrow as pa
 
 from data_prep.rejects import Reject, RejectReason
 from data_prep.sources.base import Source
 from data_prep.sources.cells import Cells, column_names
-from data_prep.sources.entries import entry_table, inputs_digest
+from data_prep.sources.entries import entry_table, inputs_digest, without_too_large
 from data_prep.sources.files import files_spec, read_described
-from data_prep.sources.listing import list_images, repeated, stem_of
-from data_prep.sources.slides import files_of, read_slides
+from data_prep.sources.listing import Listing, list_images, repeated, stem_of
+from data_prep.sources.slides import files_of, read_slides, slides_of
 from data_prep.sources.text_table import read_text_table
 from sentinode.config import PrepareConfig
 from sentinode.errors import UsageError
@@ -47,51 +45,63 @@ def open_kaggle(config: PrepareConfig, where: Location, *, labels: Location | No
     labels = labels or where / LABELS_NAME
     slide_of, slides_content = read_slides(config, slides)
     content = read_described(labels, "labels file", "a CSV file with columns id,label; or name one with --labels")
-    folder, prefix = where / IMAGES_NAME, f"{IMAGES_NAME}/"
-    if not folder.is_dir():
-        folder, prefix = where, ""
-    listing = list_images(folder, recursive=False)
+    below = IMAGES_NAME if (where / IMAGES_NAME).is_dir() else ""
+    listing = list_images(where, below, recursive=False)
     cells = read_text_table(content, f"labels file {labels}", ("id", "label"), (), column_names(config))
     if not len(cells):
         raise UsageError(f"labels file {labels}: no rows below the header")
-    entries, rejects = _join(cells, [prefix + name for name in listing.names], list(map(stem_of, listing.names)), slide_of)
-    if not entries.num_rows:
+    cells.refuse_long(cells.columns["id"], "id")
+    prefix = f"{below}/" if below else ""
+    ids, labels_of_ids, paths, rejects = _join(cells, listing, prefix)
+    if not ids:
         cells.refuse_if_all_labels_are_bad(rejects)
-        _refuse_if_all_files_are_missing(cells, rejects, f"{folder}; the first image is {listing.names[0]!r}")
+        _refuse_if_all_files_are_missing(cells, rejects, f"{where / below}; the first image is {listing.names[0].removeprefix(prefix)!r}")
+    entries = entry_table(id=ids, label=labels_of_ids, path=paths, slide=slides_of(ids, slide_of, slides))
+    entries, too_large = without_too_large(entries, listing.too_large)
     return Source(
         kind="kaggle",
         where=str(where),
         entries=entries,
-        rejects=tuple(rejects),
+        rejects=(*rejects, *too_large),
         inputs_sha256=inputs_digest([content, slides_content], listing.digest),
         reader=files_spec(where),
         files=files_of(labels=labels, slides=slides),
     )
 
 
-def _join(cells: Cells, paths: list[str], stems: list[str], slide_of: Mapping[str, str]) -> tuple[pa.Table, list[Reject]]:
-    """Match lines and files by id; `stems` are the ids of the files."""
+def _join(cells: Cells, listing: Listing, prefix: str) -> tuple[list[str], list[int], list[str], list[Reject]]:
+    """Match lines and files by id, the name of a file without `prefix` and suffix; return ids, labels and paths, and what does not match."""
+    paths = listing.names
+    stems = [stem_of(path)[len(prefix) :] for path in paths]
     path_of = dict(zip(stems, paths, strict=True))
+    refused_files = {reject.id for reject in listing.refused}
     # Lists only where they are needed: a list per patch would triple time and memory.
     lines_of = _collect(cells.columns["id"], cells.lines)
     paths_of = _collect(stems, paths)
     ids: list[str] = []
     labels: list[int] = []
     files: list[str] = []
-    rejects: list[Reject] = []
+    rejects = list(listing.refused)
+
+    def refuse(reason: RejectReason, id_: str, paths: Sequence[str | None], detail: str) -> None:
+        rejects.extend(Reject(reason, id_, path, detail) for path in paths)
+
     for row, (line, id_, label) in enumerate(zip(cells.lines, cells.columns["id"], cells.columns["label"], strict=True)):
         path = path_of.get(id_)
+        every_path = paths_of.get(id_, [path])
         if id_ in lines_of:
-            rejects.append(Reject(RejectReason.DUPLICATE_ID, id_, path, f"line {line}; the id stands on lines {_listed(lines_of[id_])}"))
+            # Each line and each file once, not each line with each file: refusals are counted.
+            named = every_path if line == lines_of[id_][0] else [path]
+            refuse(RejectReason.DUPLICATE_ID, id_, named, f"line {line}; the id stands on lines {_listed(lines_of[id_])}")
         elif row in cells.ragged:
-            rejects.append(Reject(RejectReason.BAD_LABEL, id_, path, cells.wrong_width(row)))
+            refuse(RejectReason.BAD_LABEL, id_, every_path, cells.wrong_width(row))
         elif label not in ("0", "1"):
-            rejects.append(Reject(RejectReason.BAD_LABEL, id_, path, f"line {line} has label {label[:40]!r}; expected 0 or 1"))
+            refuse(RejectReason.BAD_LABEL, id_, every_path, f"line {line} has label {label[:40]!r}; expected 0 or 1")
         elif path is None:
-            rejects.append(Reject(RejectReason.MISSING, id_, None, f"line {line} names an id that has no image file"))
+            if id_ not in refused_files:
+                refuse(RejectReason.MISSING, id_, [None], f"line {line} names an id that has no image file")
         elif id_ in paths_of:
-            detail = f"several files have this id: {_listed(paths_of[id_])}"
-            rejects += [Reject(RejectReason.DUPLICATE_ID, id_, name, detail) for name in paths_of[id_]]
+            refuse(RejectReason.DUPLICATE_ID, id_, every_path, f"several files have this id: {_listed(every_path)}")
         else:
             ids.append(id_)
             labels.append(int(label))
@@ -102,7 +112,7 @@ def _join(cells: Cells, paths: list[str], stems: list[str], slide_of: Mapping[st
         for stem, path in zip(stems, paths, strict=True)
         if stem in unnamed
     ]
-    return entry_table(id=ids, label=labels, path=files, slide=list(map(slide_of.get, ids))), rejects
+    return ids, labels, files, rejects
 
 
 def _refuse_if_all_files_are_missing(cells: Cells, rejects: Sequence[Reject], images: str) -> None:

@@ -2,13 +2,21 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_prep.rejects import Reject, RejectReason
-from sentinode.errors import UsageError
+from data_prep.sources.base import MAX_FILE_BYTES, MAX_ID_CHARACTERS
+from data_prep.sources.cells import too_long
+from sentinode.errors import PatchErrorCode, UsageError
 from sentinode.images import IMAGE_SUFFIXES
-from sentinode.locations import Location
+from sentinode.locations import Entry, Location
+
+_SLIDES = (".bif", ".btf", ".czi", ".dcm", ".dicom", ".mrxs", ".ndpi", ".qptiff", ".scn", ".svs", ".svslide", ".vms", ".vmu", ".vsi")
+_JPEGS = (".heic", ".heif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpe", ".jpf", ".jpx", ".jxl")
+_PICTURES = (".apng", ".avif", ".bmp", ".dib", ".exr", ".gif", ".pbm", ".pgm", ".pnm", ".ppm", ".psd", ".tga", ".webp")
+OTHER_IMAGE_SUFFIXES = frozenset((*_SLIDES, *_JPEGS, *_PICTURES))
+"""Endings of images that are no patches of an accepted format, but were perhaps meant as some."""
 
 
 @dataclass(frozen=True)
@@ -18,36 +26,64 @@ class Listing:
     Attributes
     ----------
     names : list of str
-        Paths relative to the folder, separated by slashes, sorted. Hidden files are left out.
+        Paths relative to the source, separated by slashes, sorted.
+    refused : list of Reject
+        Of files with the ending of another image format, and of names that cannot be kept.
+    too_large : dict of str to int
+        Name -> bytes of those of `names` that are larger than MAX_FILE_BYTES.
     digest : bytes
-        SHA-256 over name, size and modification time (or the object store's tag) of each.
+        SHA-256 over name, size and modification time (or the object store's tag) of each, also of the refused.
     """
 
     names: list[str]
+    refused: list[Reject]
+    too_large: dict[str, int]
     digest: bytes
 
 
-def list_images(folder: Location, *, recursive: bool) -> Listing:
-    """List the image files of a folder, told by their suffix; none is opened.
+def list_images(source: Location, below: str = "", *, recursive: bool) -> Listing:
+    """List the image files of a source, or of the folder `below` in it, told by their suffix; none is opened.
+
+    Inputs are the files that end in IMAGE_SUFFIXES, and those in OTHER_IMAGE_SUFFIXES, each of which is refused. Everything else (text and tables,
+    files without an ending, hidden files and folders) is no input and goes unmentioned.
 
     Raises
     ------
     UsageError
-        There are none, or the folder, or with `recursive` one inside it, cannot be listed.
+        There are none that could be accepted, or the folder, or with `recursive` one inside it, cannot be listed.
     """
+    folder, prefix = source / below, f"{below}/" if below else ""
     try:
         found = folder.entries(recursive=recursive)
     except OSError as error:
         raise UsageError(f"source {error.filename or folder}: cannot be listed ({error.strerror or error})") from error
-    images = [
-        entry
-        for entry in found
-        if entry.name[-5:].lower().endswith(IMAGE_SUFFIXES) and not (entry.is_dir or entry.name[0] == "." or "/." in entry.name)
-    ]
-    if not images:
-        raise UsageError(f"source {folder}: no images ({', '.join(IMAGE_SUFFIXES)}) there")
-    lines = "".join([f"{entry.name}\0{entry.size}\0{entry.stamp}\n" for entry in images])
-    return Listing([entry.name for entry in images], hashlib.sha256(lines.encode("utf-8", "surrogateescape")).digest())
+    accepted: list[Entry] = []
+    refused: list[Reject] = []
+    lines: list[str] = []
+    for entry in found:
+        name = entry.name
+        is_accepted = name[-5:].lower().endswith(IMAGE_SUFFIXES)
+        if not (is_accepted or _suffix_of(name) in OTHER_IMAGE_SUFFIXES) or entry.is_dir or name[0] == "." or "/." in name:
+            continue
+        lines.append(f"{name}\0{entry.size}\0{entry.stamp}\n")
+        if not is_accepted:
+            detail = f"the name ends in {_suffix_of(name)}; expected {', '.join(IMAGE_SUFFIXES)}"
+            refused.append(Reject(PatchErrorCode.FORMAT_NOT_ALLOWED, stem_of(name), prefix + name, detail))
+        elif not (name.isascii() or _is_utf8(name)):  # on a disk it may be any bytes, in Parquet it is UTF-8
+            refused.append(Reject(RejectReason.UNREADABLE, None, prefix + name, "the file name is not UTF-8"))
+        elif name[0] == "/":  # cannot be told from the object without the second slash
+            refused.append(Reject(RejectReason.UNREADABLE, stem_of(name), prefix + name, "the object's name below the folder begins with a slash"))
+        else:
+            accepted.append(entry)
+    if not accepted:
+        others = f"; {len(refused)} files there are refused: {refused[0].detail}" if refused else ""
+        raise UsageError(f"source {folder}: no images ({', '.join(IMAGE_SUFFIXES)}) there{others}")
+    return Listing(
+        names=[prefix + entry.name for entry in accepted],
+        refused=refused,
+        too_large={prefix + entry.name: entry.size for entry in accepted if entry.size > MAX_FILE_BYTES},
+        digest=hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).digest(),
+    )
 
 
 def stem_of(name: str) -> str:
@@ -55,21 +91,19 @@ def stem_of(name: str) -> str:
     return name[: name.rindex(".")]
 
 
-def split_off_unwritable(names: Iterable[str]) -> tuple[list[str], list[Reject]]:
-    """Part the names into those that a table can hold and refusals: names on disk may be any bytes, those in Parquet are UTF-8."""
-    kept: list[str] = []
-    rejects: list[Reject] = []
-    for name in names:
-        if name.isascii() or _is_utf8(name):
-            kept.append(name)
-        else:
-            rejects.append(Reject(RejectReason.UNREADABLE, None, name, "the file name is not UTF-8"))
-    return kept, rejects
-
-
 def repeated(ids: Sequence[str]) -> set[str]:
     """Return the ids that stand there more than once."""
     return {id_ for id_, count in Counter(ids).items() if count > 1} if len(set(ids)) < len(ids) else set()
+
+
+def refuse_long_ids(ids: Sequence[str], source: Location) -> None:
+    """Raise UsageError naming the first path below a source that is too long to be an id."""
+    if (longest := next((id_ for id_ in ids if len(id_) > MAX_ID_CHARACTERS), None)) is not None:
+        raise UsageError(f"source {source}: has {too_long(longest, 'id')}")
+
+
+def _suffix_of(name: str) -> str:
+    return name[dot:].lower() if (dot := name.rfind(".")) > 0 else ""
 
 
 def _is_utf8(name: str) -> bool:

@@ -32,7 +32,7 @@ def read_parquet_table(data: bytes, name: str, required: Sequence[str], optional
         header = file.schema_arrow.names
         places = find_columns(header, name, required, optional, names)
         found = file.read(columns=[header[place] for place in places.values()], use_threads=False)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UsageError(f"{name}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
     columns = {ours: _as_text(found.column(header[place]), ours, f"{name}: column {header[place]!r}") for ours, place in places.items()}
     return Cells(name, range(1, found.num_rows + 1), columns, {}, len(header), "row")
@@ -48,8 +48,11 @@ def _as_text(column: pa.ChunkedArray, ours: str, what: str) -> list[str]:
             raise UsageError(f"{what} has values that are no whole numbers ({str(error).splitlines()[0]})") from error
     if not (_is_text(kind) or (pa.types.is_integer(kind) and ours in {*_WHOLE, "id"})):
         raise UsageError(f"{what} is of type {column.type}; expected {'whole numbers' if ours in _WHOLE else 'text'}")
-    return [value.strip() for value in pc.fill_null(column.cast(pa.string()), "").to_pylist()]
+    try:
+        return [value.strip() for value in pc.fill_null(column.cast(pa.string()), "").to_pylist()]
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise UsageError(f"{what} cannot be read as text ({str(error).splitlines()[0]})") from error
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind))
+    return any(is_one(kind) for is_one in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null))

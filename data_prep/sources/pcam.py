@@ -121,6 +121,7 @@ def _read_part(where: Location, part: _Part) -> _ReadPart:
     meta_content = b""
     if part.meta is not None:
         meta, meta_content = _meta(where / part.meta.name, rows)
+        meta.refuse_long(meta.columns["wsi"], "slide")
         columns |= {"slide": [slide or None for slide in meta.columns["wsi"]]}
         columns |= {ours: meta.whole_numbers(theirs, range(rows)) for ours, theirs in (("x_px", "coord_x"), ("y_px", "coord_y"))}
     usable = [label in (0, 1) for label in labels]

@@ -1,6 +1,6 @@
 """The slides file: which slide each patch was cut from, where the layout itself does not say."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from data_prep.sources.cells import Cells, column_names
 from data_prep.sources.files import read_described
@@ -16,7 +16,7 @@ def read_slides(config: PrepareConfig, slides: Location | None) -> tuple[dict[st
     Returns
     -------
     dict of str to str
-        id -> slide, where one is given.
+        id -> slide, for `slides_of`; "" where none is given.
     bytes
         The file as it is.
 
@@ -29,13 +29,28 @@ def read_slides(config: PrepareConfig, slides: Location | None) -> tuple[dict[st
         return {}, b""
     content = read_described(slides, "slides file", "a CSV file with columns id,wsi")
     cells = _read(content, f"slides file {slides}", column_names(config))
+    if not len(cells):
+        raise UsageError(f"{cells.name}: no rows below the header")
+    cells.refuse_long(cells.columns["wsi"], "slide")
     slide_of: dict[str, str] = {}
     for row, (id_, slide) in enumerate(zip(cells.columns["id"], cells.columns["wsi"], strict=True)):
         if row in cells.ragged:
             raise UsageError(f"{cells.name}: {cells.wrong_width(row)}")
-        if slide and slide_of.setdefault(id_, slide) != slide:
+        known = slide_of.get(id_)
+        if slide and known and known != slide:
             raise UsageError(f"{cells.name}: {cells.place(row)} gives an id another slide than an earlier line")
+        slide_of[id_] = slide or known or ""
     return slide_of, content
+
+
+def slides_of(ids: Sequence[str], slide_of: Mapping[str, str], slides: Location | None) -> list[str | None]:
+    """Return the slide of each id, None where it is unknown; raises UsageError where the file names none of the ids, so belongs to other patches."""
+    if slides is not None and ids and slide_of.keys().isdisjoint(ids):
+        raise UsageError(
+            f"slides file {slides}: names none of the {len(ids)} ids of the source; its first is {next(iter(slide_of))[:80]!r}, "
+            f"the source's {ids[0][:80]!r}"
+        )
+    return [slide_of.get(id_) or None for id_ in ids]
 
 
 def files_of(**files: Location | None) -> dict[str, str]:

@@ -2,29 +2,31 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+import posixpath
+import stat
+from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
 
 from data_prep.rejects import Reject, RejectReason
-from data_prep.sources.base import Source
+from data_prep.sources.base import MAX_FILE_BYTES, Source
 from data_prep.sources.cells import Cells, column_names
-from data_prep.sources.entries import entry_table, inputs_digest
+from data_prep.sources.entries import entry_table, inputs_digest, without_too_large
 from data_prep.sources.files import files_spec, place_of, read_described
 from data_prep.sources.listing import repeated
 from data_prep.sources.parquet_table import read_parquet_table
-from data_prep.sources.slides import files_of, read_slides
+from data_prep.sources.slides import files_of, read_slides, slides_of
 from data_prep.sources.text_table import read_text_table
 from sentinode.config import PrepareConfig
 from sentinode.errors import UsageError
-from sentinode.locations import Location, locate
+from sentinode.locations import Entry, Location, locate
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 
 _OPTIONAL = ("id", "slide", "centre", "x_px", "y_px", "split")
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-# Places that the user's own credentials open. A table from elsewhere must not make a cluster fetch addresses of its author's choice.
-_SCHEMES = ("file", "s3", "gs", "az", "abfs")
+# Of folders, one by one. A table that names objects in more of them costs one listing of all that lies below their common parent.
+_MAX_LISTINGS = 100
 
 
 def open_table(config: PrepareConfig, where: Location, *, slides: Location | None = None) -> Source:
@@ -54,22 +56,29 @@ def open_table(config: PrepareConfig, where: Location, *, slides: Location | Non
     if slides is not None and "slide" in cells.columns:
         raise UsageError(f"{cells.name}: has a column slide; leave --slides out")
     slide_of, slides_content = read_slides(config, slides)
-    entries, rejects = _accept(cells, slide_of, is_labelled="label" in required)
+    entries, rejects = _accept(cells, is_labelled="label" in required)
+    if slides is not None:
+        of_entries = slides_of(entries["id"].to_pylist(), slide_of, slides)
+        entries = entries.set_column(entries.schema.get_field_index("slide"), "slide", pa.array(of_entries, pa.string()))
     base = Location(where.uri.rpartition("/")[0])
+    stamps, too_large = _stamps(base, entries["path"].to_pylist(), cells)
+    entries, refused = without_too_large(entries, too_large)
     return Source(
         kind="table",
         where=str(where),
         entries=entries,
-        rejects=tuple(rejects),
-        inputs_sha256=inputs_digest([content, slides_content], _stamps(base, entries["path"].to_pylist(), cells)),
-        reader=files_spec(base),
+        rejects=(*rejects, *refused),
+        inputs_sha256=inputs_digest([content, slides_content], stamps),
+        reader=files_spec(base, from_table=True),
         files=files_of(slides=slides),
     )
 
 
-def _accept(cells: Cells, slide_of: Mapping[str, str], *, is_labelled: bool) -> tuple[pa.Table, list[Reject]]:
+def _accept(cells: Cells, *, is_labelled: bool) -> tuple[pa.Table, list[Reject]]:
     """Check every row; return the entries and the refused rows."""
     paths, ids = cells.columns["path"], _ids(cells)
+    cells.refuse_long(ids, "id")
+    cells.refuse_long(cells.columns.get("slide", []), "slide")
     labels = cells.columns["label"] if is_labelled else None
     several = repeated(ids)
     kept: list[int] = []
@@ -88,11 +97,7 @@ def _accept(cells: Cells, slide_of: Mapping[str, str], *, is_labelled: bool) -> 
     if not kept:
         cells.refuse_if_all_labels_are_bad(rejects)
     _check_places(cells, kept)
-    columns: dict[str, Sequence[object]] = {
-        "id": [ids[row] for row in kept],
-        "path": [paths[row] for row in kept],
-        "slide": [slide_of.get(ids[row]) for row in kept],
-    }
+    columns: dict[str, Sequence[object]] = {"id": [ids[row] for row in kept], "path": [paths[row] for row in kept]}
     if labels is not None:
         columns["label"] = [int(labels[row]) for row in kept]
     for name in cells.columns.keys() & {"slide", "centre"}:
@@ -124,11 +129,10 @@ def _check_places(cells: Cells, rows: Sequence[int]) -> None:
             raise UsageError(f"{cells.name}: {cells.place(row)} has path {paths[row][:80]!r}; expected file:///, then the rest of an absolute path")
         if not separator or (root := (scheme, rest.partition("/")[0])) in seen:
             continue
-        if scheme not in _SCHEMES:
-            allowed = ", ".join(f"{known}://" for known in _SCHEMES)
-            raise UsageError(
-                f"{cells.name}: {cells.place(row)} has a path that begins with {scheme[:20]}://; expected a plain path or one of {allowed}"
-            )
+        try:
+            place_of(Location(""), paths[row])
+        except UsageError as error:
+            raise UsageError(f"{cells.name}: {cells.place(row)} has {error}") from error
         locate(paths[row])
         seen.add(root)
 
@@ -142,25 +146,67 @@ def _splits(cells: Cells, rows: Sequence[int]) -> list[str | None]:
     return found
 
 
-def _stamps(base: Location, paths: Sequence[str], cells: Cells) -> bytes:
-    """Return a digest of size and time of the files that are local; what lies in an object store would cost a request per file.
+def _stamps(base: Location, paths: Sequence[str], cells: Cells) -> tuple[bytes, dict[str, int]]:
+    """Ask for size and time (or the object store's tag) of the files; objects are listed by folder, since each alone would be a request.
+
+    Returns
+    -------
+    bytes
+        Digest of them.
+    dict of str to int
+        Path -> bytes of those larger than MAX_FILE_BYTES.
 
     Raises
     ------
     UsageError
-        Not one of several local files exists: they are looked for in the wrong place.
+        Not one of the files exists: they are looked for in the wrong place. Or a folder in an object store may not be listed.
     """
-    lines, absent = [], 0
-    for path in paths:
-        root, name = place_of(base, path)
-        if not root.is_local:
-            continue
-        try:
-            status = os.stat(f"{root}/{name}")
-            lines.append(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n")
-        except (OSError, ValueError):  # reading will refuse it
+    places = [place_of(base, path) for path in paths]
+    objects = _listed({(root / name).uri for root, name in places if not root.is_local})
+    lines, too_large, absent = [], {}, 0
+    for path, (root, name) in zip(paths, places, strict=True):
+        found = _file_at(f"{root}/{name}") if root.is_local else objects.get((root / name).uri)
+        if found is None:  # reading will refuse it
             absent += 1
             lines.append(f"{path}\0unreadable\n")
+            continue
+        lines.append(f"{path}\0{found.size}\0{found.stamp}\n")
+        if found.size > MAX_FILE_BYTES:
+            too_large[path] = found.size
     if absent and absent == len(paths):
         raise UsageError(f"{cells.name}: none of the {absent} files that it names exists; the first is {paths[0][:200]!r}, looked for in {base}")
-    return hashlib.sha256("".join(sorted(lines)).encode()).digest()
+    return hashlib.sha256("".join(sorted(lines)).encode()).digest(), too_large
+
+
+def _file_at(path: str) -> Entry | None:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a NUL in it
+        return None
+    return Entry(path, status.st_size if stat.S_ISREG(status.st_mode) else 0, str(status.st_mtime_ns))
+
+
+def _listed(uris: Iterable[str]) -> dict[str, Entry]:
+    """Return what listings say of those objects that exist."""
+    wanted = set(uris)
+    folders_of: dict[str, set[str]] = {}
+    for uri in wanted:
+        scheme, _, place = uri.partition("://")
+        bucket, _, key = place.partition("/")
+        folders_of.setdefault(f"{scheme}://{bucket}", set()).add(posixpath.dirname(key))
+    found = {}
+    for bucket, folders in folders_of.items():
+        is_many = len(folders) > _MAX_LISTINGS
+        for name in [posixpath.commonpath(folders)] if is_many else sorted(folders):
+            folder = Location(bucket) / name
+            found.update({uri: entry for entry in _objects_in(folder, recursive=is_many) if (uri := f"{folder}/{entry.name}") in wanted})
+    return found
+
+
+def _objects_in(folder: Location, *, recursive: bool) -> list[Entry]:
+    try:
+        return folder.entries(recursive=recursive)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be listed, which tells whether its objects have changed ({error.strerror or error})") from error

@@ -19,7 +19,8 @@ _NOT_TEXT = {
 def read_text_table(data: bytes, name: str, required: Sequence[str], optional: Sequence[str], names: Mapping[str, str]) -> Cells:
     """Read a text file with a header line, separated by `,` `;` tab or `|`.
 
-    A byte order mark, CRLF, quotes, further columns (also an unnamed leading one), any column order and upper case in the header are accepted.
+    A byte order mark, CRLF, CR alone, quotes, further columns (also an unnamed leading one), any column order and upper case in the header are
+    accepted.
 
     Parameters
     ----------
@@ -70,16 +71,19 @@ def _decode(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = max(data.count(end, 0, error.start) for end in (b"\n", b"\r")) + 1
         raise UsageError(f"{name}: not UTF-8 text (byte 0x{data[error.start]:02x} in line {line}); save it as CSV (UTF-8)") from error
 
 
 def _delimiter(text: str, wanted: set[str]) -> str:
     """Return the separator that finds most of the wanted columns in the header; among equals the one that stands there most often."""
-    first = next((line for line in StringIO(text) if line.strip()), "")
+    first = next((line for line in StringIO(text, newline="") if line.strip()), "")
 
     def score(delimiter: str) -> tuple[int, int]:
-        fields = next(csv.reader([first], delimiter=delimiter, skipinitialspace=True), [])
+        try:
+            fields = next(csv.reader([first], delimiter=delimiter, skipinitialspace=True), [])
+        except csv.Error:  # a line of many columns is one field, larger than csv allows, to any separator but its own
+            return 0, 0
         return len(wanted & {field.strip().casefold() for field in fields}), len(fields)
 
     return max(_DELIMITERS, key=score)

@@ -33,6 +33,8 @@ def set_labels(source: Path, text: str | bytes) -> None:
         " ID , Label \n a , 0 \n b , 1 \n c , 0 \n",
         'id;label;"note, long, with commas"\na;0;\nb;1;\nc;0;\n',
         '"id", "label"\n"a", "0"\n"b", "1"\n"c", "0"\n',
+        "id,label\ra,0\rb,1\rc,0\r",
+        "id,label," + ",".join(f"feature_{number}" for number in range(12_000)) + "".join(f"\n{row}{',' * 12_000}" for row in ("a,0", "b,1", "c,0")),
     ],
     ids=[
         "plain",
@@ -45,6 +47,8 @@ def set_labels(source: Path, text: str | bytes) -> None:
         "spaces-and-case",
         "commas-in-header",
         "spaces-and-quotes",
+        "old-mac",
+        "wide",
     ],
 )
 def test_common_dialects_read_alike(source: Path, text: str) -> None:
@@ -76,9 +80,49 @@ def test_a_label_is_never_guessed(source: Path) -> None:
     assert refused(opened(source)) == [("bad_label", "b"), ("bad_label", "c")]
 
 
-def test_two_files_of_one_id_are_both_refused(source: Path) -> None:
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ("a,0\n", [("duplicate_id", "train/a.png"), ("duplicate_id", "train/a.tif")]),
+        ("a,7\n", [("bad_label", "train/a.png"), ("bad_label", "train/a.tif")]),
+        ("a\n", [("bad_label", "train/a.png"), ("bad_label", "train/a.tif")]),
+        ("a,0\na,1\n", [("duplicate_id", "train/a.png"), ("duplicate_id", "train/a.tif"), ("duplicate_id", "train/a.tif")]),
+        ("", [("no_label", "train/a.png"), ("no_label", "train/a.tif")]),
+    ],
+)
+def test_every_file_of_an_id_that_has_two_is_refused(source: Path, labels: str, expected: list[tuple[str, str]]) -> None:
     (source / "train" / "a.png").write_bytes(b"")
-    assert refused(opened(source)) == [("duplicate_id", "a"), ("duplicate_id", "a")]
+    set_labels(source, f"id,label\nb,1\nc,0\n{labels}")
+    read = opened(source)
+    assert column(read, "id") == ["b", "c"]
+    assert sorted((str(reject.reason), str(reject.path)) for reject in read.rejects) == expected
+
+
+def test_images_of_other_formats_are_refused_once(source: Path) -> None:
+    for name in ("b.bmp", "d.svs", "e.gif", "notes.txt"):
+        (source / "train" / name).write_bytes(b"")
+    set_labels(source, "id,label\na,0\nb,1\nc,0\nd,0\nf,1\n")
+    read = opened(source)
+    assert column(read, "id") == ["a", "b", "c"]
+    assert [(str(reject.reason), reject.id, reject.path) for reject in sorted(read.rejects)] == [
+        ("format_not_allowed", "b", "train/b.bmp"),
+        ("format_not_allowed", "d", "train/d.svs"),
+        ("format_not_allowed", "e", "train/e.gif"),
+        ("missing", "f", None),
+    ]
+
+
+def test_a_whole_slide_among_the_patches_is_refused_without_reading_it(source: Path) -> None:
+    os.truncate(source / "train" / "b.tif", 70 << 20)
+    read = opened(source)
+    assert refused(read) == [("unreadable", "b")]
+    assert column(read, "id") == ["a", "c"]
+
+
+def test_an_id_too_long_to_be_one_is_named(source: Path) -> None:
+    set_labels(source, f"id,label\na,0\n{'x' * 300},1\n")
+    with pytest.raises(UsageError, match=r"train_labels.csv: line 3 has id 'xxx.*…, 300 characters; expected at most 255; a table"):
+        opened(source)
 
 
 def test_an_id_cannot_leave_the_folder(source: Path) -> None:
@@ -97,6 +141,8 @@ def test_an_id_cannot_leave_the_folder(source: Path) -> None:
         ("id,label,id\na,1,a\n", "expected id and label, each once"),
         ("id,label\n", "no rows"),
         ("", "empty"),
+        ("x" * 140_000 + "\n", "line 1 is not CSV .field larger than field limit"),
+        (b"id,label\ra,0\r\xff,1\r", "not UTF-8 text .byte 0xff in line 3."),
         ("\n  \n", "empty"),
         (b"id,label\n\xff\xfe,1\n", "not UTF-8 text .byte 0xff in line 2."),
         ("id,label\na,1\n".encode("utf-16"), "UTF-16.*save it as CSV .UTF-8."),
@@ -174,7 +220,7 @@ def test_slides_are_joined(source: Path, tmp_path: Path) -> None:
 
 def test_the_digest_follows_labels_slides_and_images(source: Path, tmp_path: Path) -> None:
     slides = tmp_path / "slides.csv"
-    slides.write_text("id,wsi\n")
+    slides.write_text("id,wsi\na,s1\n")
     digests = {opened(source).inputs_sha256, opened(source).inputs_sha256}
     assert len(digests) == 1
     digests.add(opened(source, slides=slides).inputs_sha256)
@@ -210,5 +256,5 @@ def test_names_that_are_not_utf8_are_refused_not_fatal(source: Path) -> None:
     with open(os.fsencode(source / "train") + b"/\xff.tif", "wb"):
         pass
     read = opened(source)
-    assert refused(read) == [("no_label", "\udcff")]
+    assert refused(read) == [("unreadable", None)]
     assert len(column(read, "id")) == 3

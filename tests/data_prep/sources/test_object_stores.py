@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pytest
 
 from data_prep.rejects import RejectReason
-from data_prep.sources import files
+from data_prep.sources import files, listing, table
 from data_prep.sources.base import Source, Unread
 from data_prep.sources.dataset import from_dataset
 from data_prep.sources.unpack import unpack
@@ -69,6 +70,73 @@ def test_a_table_may_name_images_in_several_places(tmp_path: Path, s3_folder: st
     found = pixels(read)
     assert found.pop("gone") == Unread(RejectReason.MISSING, "No such file or directory")
     assert same(found, dict(images))
+
+
+def test_the_digest_of_a_table_follows_its_objects_wherever_they_lie(
+    tmp_path: Path, s3_folder: str, flaky_s3: FlakyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"f{number}/in/a{number}.tif" for number in range(4)]
+    for seed, name in enumerate(names):
+        write_noise(tmp_path / name, seed)
+    upload(tmp_path, s3_folder)
+    where = tmp_path / "table.csv"
+    where.write_text("\n".join(["path,label", *(f"{s3_folder}/{name},0" for name in names), f"{s3_folder}/f0/gone.tif,1"]))
+
+    def listings() -> list[str]:
+        return [request for request in flaky_s3.requests if request.startswith("GET")]
+
+    before = opened(where).inputs_sha256
+    assert len(listings()) == 5  # f0, and in below each of the four
+    flaky_s3.requests.clear()
+    monkeypatch.setattr(table, "_MAX_LISTINGS", 3)
+    assert opened(where).inputs_sha256 == before
+    assert len(listings()) == 1
+    (locate(s3_folder) / names[2]).write_bytes(b"another")
+    changed = opened(where).inputs_sha256
+    (locate(s3_folder) / "f0/gone.tif").write_bytes(b"there")
+    assert len({before, changed, opened(where).inputs_sha256}) == 3
+    where.write_text(f"path,label\n{s3_folder}/no/a.tif,0\n{s3_folder}/no/b.tif,1\n")
+    with pytest.raises(UsageError, match="none of the 2 files that it names exists"):
+        opened(where)
+
+
+def test_a_large_object_is_refused_by_its_listing_and_never_fetched(
+    tmp_path: Path, s3_folder: str, flaky_s3: FlakyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (listing, table):
+        monkeypatch.setattr(module, "MAX_FILE_BYTES", 30_000)
+    for name in ("normal/a.tif", "metastatic/b.tif"):
+        write_noise(tmp_path / "c" / name)
+    (tmp_path / "c" / "normal" / "slide.tif").write_bytes(b"II*\0" * 10_000)
+    upload(tmp_path / "c", s3_folder)
+    lines = ["path,label", "normal/a.tif,0", "normal/slide.tif,0"]
+    (locate(s3_folder) / "table.csv").write_bytes("\n".join(lines).encode())
+    for source in (opened(s3_folder), opened(s3_folder, source="unlabelled"), opened(f"{s3_folder}/table.csv")):
+        assert [(str(reject.reason), reject.path) for reject in source.rejects] == [("unreadable", "normal/slide.tif")]
+        assert source.rejects[0].detail.startswith("40000 bytes; a patch has fewer than ")
+        flaky_s3.requests.clear()
+        pixels(source)
+        assert not any("slide.tif" in request for request in flaky_s3.requests)
+
+
+def test_an_objects_name_is_never_taken_for_another_place(tmp_path: Path, s3_folder: str, flaky_s3: FlakyServer) -> None:
+    image = write_noise(tmp_path / "a.tif")
+    outside = tmp_path / "outside.tif"
+    write_noise(outside, 1)
+    for name in ("http://169.254.169.254/x.tif", f"file://{outside}", "a//b.tif", "a.tif"):
+        client_put(s3_folder, name, (tmp_path / "a.tif").read_bytes())
+    client_put(s3_folder, str(outside), (tmp_path / "a.tif").read_bytes())
+    read = opened(s3_folder, source="unlabelled")
+    assert refused(read) == [("unreadable", str(outside).removesuffix(".tif"))]
+    found = pixels(read)
+    assert sorted(found) == ["a", "a//b", f"file://{outside}".removesuffix(".tif"), "http://169.254.169.254/x"]
+    assert all(np.array_equal(one, image) for one in found.values())
+
+
+def client_put(folder: str, name: str, content: bytes) -> None:
+    """Put an object under a name that our own code would tidy up."""
+    bucket, _, prefix = folder.removeprefix("s3://").partition("/")
+    boto3.client("s3").put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=content)
 
 
 @pytest.mark.parametrize("packed", [False, True])

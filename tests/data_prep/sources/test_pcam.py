@@ -198,6 +198,8 @@ def test_a_file_without_its_partner_is_named(source: Path) -> None:
         (lambda text: text.rsplit("\n", 2)[0] + "\n", "4 lines, but there are 5 labels"),
         (lambda text: text.replace("wsi", "slide"), "expected coord_x, coord_y and wsi, each once"),
         (lambda text: text.replace(",202,", ",far,"), "line 4 has coord_x 'far'; expected a whole number"),
+        (lambda text: text.replace(",202,", f",{10**20},"), "line 4 has coord_x '100000000000000000000'; expected a whole number"),
+        (lambda text: text.replace("camelyon16", "x" * 300), "line 2 has slide 'xxx.*…, 317 characters; expected at most 255"),
         (lambda text: text.replace(",202,", ","), "line 4 has 5 fields, the header 6"),
     ],
 )

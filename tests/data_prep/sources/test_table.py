@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from data_prep.rejects import RejectReason
 from data_prep.sources.base import Unread
+from data_prep.sources.detect import reader_of
 from sentinode.errors import ConfigError, UsageError
 from tests.data_prep.sources.helpers import column, opened, pixels, refused, rows, write_noise
 
@@ -41,7 +43,7 @@ FULL = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet", "categories", "pandas"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet", "categories", "pandas", "string_view", "large_string"])
 def test_every_column_is_read_from_every_kind_of_table(folder: Path, kind: str) -> None:
     header, *lines = FULL
     if kind in ("csv", "tsv"):
@@ -53,6 +55,9 @@ def test_every_column_is_read_from_every_kind_of_table(folder: Path, kind: str) 
         if kind == "categories":
             for name in ("split", "slide"):
                 columns = columns.set_column(columns.schema.get_field_index(name), name, columns[name].dictionary_encode())
+        elif kind in ("string_view", "large_string"):
+            text = pa.type_for_alias(kind)
+            columns = columns.cast(pa.schema([(field.name, text if pa.types.is_string(field.type) else field.type) for field in columns.schema]))
         elif kind == "pandas":
             columns = pa.Table.from_pandas(columns.to_pandas())
         where = folder / "table.parquet"
@@ -129,6 +134,12 @@ def test_other_column_names_are_mapped(folder: Path) -> None:
         ("path,label\nfile:///x.tif,1\nfile://host/x.tif,0\n", "line 3 has path 'file://host/x.tif'; expected file:///"),
         ("path,label,split\na.tif,0,train\nin/b.png,1,holdout\n", "line 3 has split 'holdout'; expected one of train, val"),
         ("path,label,x_px\na.tif,0,1.5\n", "line 2 has x_px '1.5'; expected a whole number"),
+        ("path,label,x_px\na.tif,0,99999999999999999999\n", "line 2 has x_px '99999999999999999999'; expected a whole number"),
+        ("path,label,x_px\na.tif,0,9223372036854775808\n", "line 2 has x_px '9223372036854775808'; expected a whole number"),
+        ("path,label,x_px\na.tif,0,1_0\n", "line 2 has x_px '1_0'; expected a whole number"),
+        (f"id,path,label\n1,a.tif,0\n{'x' * 256},a.tif,0\n", "line 3 has id 'xxx.*…, 256 characters; expected at most 255; a table with a column id"),
+        (f"path,label\nin/{'x' * 300}.tif,0\n", "line 2 has id 'xxx.*…, 300 characters"),
+        (f"path,label,slide\na.tif,0,{'x' * 300}\n", "line 2 has slide 'xxx.*…, 300 characters; expected at most 255$"),
         ("id,path,label\n,a.tif,0\n", "line 2 has no id; give every line one, or leave the column out"),
         ("path,label\n", "no lines"),
         ("path,label\na.tif,benign\nin/b.png,malignant\n", "none of its 2 lines has a usable label; line 2 has label 'benign'; expected 0 or 1"),
@@ -152,9 +163,12 @@ def test_an_unusable_table_is_named_with_line_and_value(folder: Path, text: str,
         ({"path": ["a.tif"], "label": [1], "x_px": [0.5]}, "column 'x_px' has values that are no whole numbers"),
         ({"path": ["a.tif", "in/b.png"], "label": [2, None]}, "none of its 2 rows has a usable label; row 1 has label '2'"),
         ({"path": ["a.tif"]}, "columns 'path' found; expected path and label"),
+        ({"path": ["a.tif"], "label": [1], "x_px": pa.array([2**64 - 1], pa.uint64())}, "row 1 has x_px '18446744073709551615'; expected a whole"),
+        ({"path": ["a.tif"], "label": [1], "x_px": [1e20]}, "column 'x_px' has values that are no whole numbers"),
+        ({"path": pa.array([b"\xff"]).view(pa.string()), "label": [1]}, "column 'path' cannot be read as text"),
     ],
 )
-def test_types_are_not_guessed_at(folder: Path, columns: dict[str, list[object]], message: str) -> None:
+def test_types_are_not_guessed_at(folder: Path, columns: dict[str, object], message: str) -> None:
     pq.write_table(pa.table(columns), folder / "table.parquet")
     with pytest.raises(UsageError, match=message):
         opened(folder / "table.parquet")
@@ -169,6 +183,8 @@ def test_a_damaged_parquet_file_is_named(folder: Path) -> None:
 def test_slides_come_from_the_table_or_a_slides_file_not_both(folder: Path) -> None:
     slides = table(folder, "id,wsi\na,s1\n", "slides.csv")
     assert column(opened(table(folder, "path,label\na.tif,0\nin/b.png,1\n"), slides=slides), "slide") == ["s1", None]
+    with pytest.raises(UsageError, match=r"slides.csv: names none of the 1 ids of the source; its first is 'a', the source's 'b'"):
+        opened(table(folder, "path,label\nin/b.png,1\n"), slides=slides)
     with pytest.raises(UsageError, match="has a column slide; leave --slides out"):
         opened(table(folder, "path,label,slide\na.tif,0,s2\n"), slides=slides)
 
@@ -176,6 +192,20 @@ def test_slides_come_from_the_table_or_a_slides_file_not_both(folder: Path) -> N
 def test_a_store_without_its_package_is_named_before_work_begins(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"gs:// needs gcsfs"):
         opened(table(folder, "path,label\ngs://bucket/a.tif,0\n"))
+
+
+def test_a_whole_slide_among_the_patches_is_refused_without_reading_it(folder: Path) -> None:
+    os.truncate(folder / "a.tif", 70 << 20)
+    read = opened(table(folder, "path,label\na.tif,0\nin/b.png,1\n"))
+    assert refused(read) == [("unreadable", "a")]
+    assert column(read, "id") == ["b"]
+
+
+def test_the_reader_too_opens_only_places_that_are_allowed(folder: Path) -> None:
+    read = opened(table(folder, "path,label\na.tif,0\n"))
+    forged = read.entries.set_column(2, read.entries.schema.field("path"), pa.array(["http://169.254.169.254/x.tif"]))
+    with pytest.raises(UsageError, match="a path that begins with http://; expected a plain path or one of file://, s3://"):
+        list(reader_of(read.reader).read(forged))
 
 
 def test_the_digest_follows_the_table_and_local_images(folder: Path) -> None:

@@ -29,6 +29,18 @@ def test_ids_keep_their_suffix_where_they_would_be_equal(tmp_path: Path) -> None
     assert column(opened(tmp_path, source="unlabelled"), "id") == ["a.png", "a.tif", "b.tif"]
 
 
+def test_images_of_other_formats_are_refused_and_other_files_are_no_inputs(tmp_path: Path) -> None:
+    for name in ("a.tif", "in/b.BMP", "in/c.ndpi", "notes.txt", "Thumbs.db", "README", ".hidden.bmp", ".svs"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    read = opened(tmp_path, source="unlabelled")
+    assert refused(read) == [("format_not_allowed", "in/b"), ("format_not_allowed", "in/c")]
+    assert read.inputs == 3
+    (tmp_path / "a.tif").unlink()
+    with pytest.raises(UsageError, match=r"no images \(.tif, .*\) there; 2 files there are refused: the name ends in .bmp"):
+        opened(tmp_path, source="unlabelled")
+
+
 def test_labels_that_are_there_are_not_read(tmp_path: Path) -> None:
     write_noise(tmp_path / "train" / "a.tif")
     (tmp_path / "train_labels.csv").write_text("id,label\na,1\n")
