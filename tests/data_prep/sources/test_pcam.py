@@ -18,17 +18,31 @@ from tests.data_prep.sources.helpers import column, opened, pixels, refused, row
 STEM = "camelyonpatch_level_2_split_"
 
 
-def write_part(folder: Path, name: str, count: int, *, seed: int = 0, packed: bool = False, meta: bool = True) -> UInt8Array:
-    """Write one split as published; returns its pixels."""
+def noise_images(count: int, seed: int = 0) -> UInt8Array:
+    return np.random.default_rng(seed).integers(0, 256, (count, 96, 96, 3), dtype=np.uint8)
+
+
+def write_part(
+    folder: Path,
+    name: str,
+    count: int,
+    *,
+    seed: int = 0,
+    packed: bool = False,
+    meta: bool = True,
+    images: UInt8Array | None = None,
+    slide: str = "camelyon16_train_normal",
+) -> UInt8Array:
+    """Write one split as published, its patches from three slides; returns its pixels."""
     folder.mkdir(exist_ok=True)
-    images = np.random.default_rng(seed).integers(0, 256, (count, 96, 96, 3), dtype=np.uint8)
+    images = noise_images(count, seed) if images is None else images
     for kind, data in (("x", images), ("y", (np.arange(count) % 2).astype(np.uint8).reshape(-1, 1, 1, 1))):
         with h5py.File(folder / f"{STEM}{name}_{kind}.h5", "w") as file:
             file[kind] = data
         if packed:
             pack(folder / f"{STEM}{name}_{kind}.h5")
     if meta:
-        lines = [f"{row},{100 + row},{200 + row},True,False,camelyon16_train_normal_{row % 3:03d}" for row in range(count)]
+        lines = [f"{row},{100 + row},{200 + row},True,False,{slide}_{row % 3:03d}" for row in range(count)]
         (folder / f"{STEM}{name}_meta.csv").write_text("\n".join([",coord_y,coord_x,tumor_patch,center_tumor_patch,wsi", *lines]) + "\n")
     return images
 
