@@ -3,7 +3,6 @@
 import errno
 import importlib.util
 import os
-import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 from sentinode.errors import ConfigError, StorageError
 from sentinode.object_store import PACKAGES, ObjectFile, file_system, path_in, read_objects, stamp_of
 from sentinode.retries import store_meaning, store_waits, try_local, try_store
-from sentinode.storage import local_path, temporary_name, write_bytes_atomic
+from sentinode.storage import local_path, write_bytes_atomic
 
 _T = TypeVar("_T")
 
@@ -116,12 +115,10 @@ class Location:
         return cast(bytes, self._ask(lambda files, path: files.cat_file(path)))
 
     def read_many(self, names: Sequence[str]) -> list[bytes | OSError]:
-        """Return the whole content of many small files below this folder, in order, or why one of them has none.
+        """Return the whole content of many small objects below this folder of an object store, in order, or why one of them has none.
 
-        In an object store 64 are read at a time. What concerns more than one file (refused access there, a storage that does not answer) is raised.
+        64 are read at a time. What concerns more than one file (refused access there, a storage that does not answer) is raised.
         """
-        if self.is_local:
-            return [_content_or_error(self / name) for name in names]
         results: list[bytes | OSError | None] = [None] * len(names)
         waits, wanted = store_waits(), list(range(len(names)))
         while True:
@@ -193,18 +190,8 @@ class Location:
                 raise
 
     def put_file(self, source: Path) -> None:
-        """Copy a local file here."""
-        if self.is_local:
-            target = Path(self.uri)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = temporary_name(target)
-            try:
-                try_local(self.uri, lambda: shutil.copyfile(source, temporary))
-                temporary.replace(target)
-            finally:
-                temporary.unlink(missing_ok=True)
-        else:
-            self._ask(lambda files, path: files.put_file(os.fspath(source), path))
+        """Upload a local file to here, in an object store."""
+        self._ask(lambda files, path: files.put_file(os.fspath(source), path))
 
     def remove(self) -> None:
         """Remove a file; nothing happens if there is none."""
@@ -215,18 +202,6 @@ class Location:
                 self._ask(lambda files, path: files.rm_file(path))
         except FileNotFoundError:
             pass
-
-    def remove_tree(self) -> None:
-        """Remove a folder and everything below it; nothing happens if there is none."""
-        if self.is_local:
-            if Path(self.uri).exists():
-                try_local(self.uri, lambda: shutil.rmtree(self.uri))
-            return
-        try:
-            entries = self.entries(recursive=True)
-        except FileNotFoundError:
-            return
-        self.remove_many([entry.name for entry in entries])
 
     def remove_many(self, names: Sequence[str]) -> None:
         """Remove files below this folder, several at a time; those that do not exist are no error."""
@@ -275,18 +250,6 @@ def locate(uri: str | os.PathLike[str] | Location) -> Location:
         raise ConfigError(f"{scheme}:// needs {package}: {command}")
     parts = [part for part in key.split("/") if part]
     return Location("/".join([f"{scheme}://{bucket}", *parts]))
-
-
-def _content_or_error(location: Location) -> bytes | OSError:
-    try:
-        return location.read_bytes()
-    except OSError as error:
-        return error
-    except StorageError as error:
-        # A bad block is the fault of one file, a server that is gone is not.
-        if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EIO:
-            return error.__cause__
-        raise
 
 
 def _local_entries(folder: str, recursive: bool, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Entry]:

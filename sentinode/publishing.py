@@ -1,29 +1,34 @@
 """From a finished staging folder to its place, which may lie in an object store. There nothing can be renamed, so the manifest decides.
 
 All files go below a prefix of their own, the `root` that the manifest names; then the manifest is put, once, only if there is none. Of two runs
-one wins, and whoever reads sees the old data set, none or the new. docs/storage.md tells it to users.
+one wins, and whoever reads sees the old data set, none or the new. Only what the manifest lists is published. docs/storage.md tells it to users.
 """
 
 import hashlib
 import json
 import logging
+import os
 import secrets
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from urllib.parse import quote
 
 from sentinode import storage
 from sentinode.errors import SentinodeError, StorageError, UsageError
 from sentinode.locations import Location
-from sentinode.storage import exclusive, file_record, staging_path, write_bytes_atomic, write_json
+from sentinode.manifests import is_inside
+from sentinode.storage import exclusive, file_record, remove_any, replaced_path, staging_path, write_bytes_atomic, write_json, write_text_atomic
 
 log = logging.getLogger(__name__)
 
 _JOURNAL = ".uploaded"
+_FOUND = "found.sha256"
 _REPLACED = "replaced.manifest"
 _CONCURRENT_UPLOADS = 4
 
@@ -33,11 +38,37 @@ def new_root() -> str:
     return f"parts-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
 
 
-def staging_of(out: Location, work: Path) -> Path:
-    """Return where the work for `out` lies until it is published: beside a local `out`, else below the local folder `work`, named by the URI."""
+def staging_of(out: Location, work: Path | None = None) -> Path:
+    """Return where the work for `out` lies until it is published: beside a local `out`, else below the local folder `work`, named by the URI.
+
+    Without `work` that is the folder `sentinode-<user id>` among the temporary files, which is made here, for this user only.
+
+    Raises
+    ------
+    UsageError
+        The folder among the temporary files belongs to somebody else or is open to others.
+    """
     if out.is_local:
         return staging_path(out.local)
-    return work / f"{out.name}-{hashlib.sha256(out.uri.encode()).hexdigest()[:12]}.staging"
+    name = f"{out.name}-{hashlib.sha256(out.uri.encode()).hexdigest()[:12]}.staging"
+    return (_folder_of_this_user() if work is None else work) / name
+
+
+def _folder_of_this_user() -> Path:
+    # Everybody may write to /tmp, so whoever knows the name could put finished work of their own there, to be published as ours, or read pixels.
+    user = os.geteuid()
+    folder = Path(tempfile.gettempdir()) / f"sentinode-{user}"
+    try:
+        with suppress(FileExistsError):
+            folder.mkdir(0o700)
+        status = folder.lstat()
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be used for the work ({error.strerror}); name a folder with --work") from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != user:
+        raise UsageError(f"{folder}: expected a folder of user {user} for the work, but it is somebody else's or a link; name a folder with --work")
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        raise UsageError(f"{folder}: others may use it; look at what is in it, then chmod 700, or name a folder with --work")
+    return folder
 
 
 @contextmanager
@@ -53,6 +84,24 @@ def writing(out: Location, staging: Path) -> Iterator[None]:
         raise UsageError(f"{out}: name a folder in the bucket")
     with exclusive(out.local if out.is_local else staging):
         yield
+
+
+def note_found(staging: Path, out: Location, manifest_name: str) -> None:
+    """Note in a staging folder which manifest stands at `out` now: the only one that `publish(replace=True)` will replace.
+
+    Call it when the work begins, as soon as there is a folder. A note that an interrupted run has made stays: it began earlier. For a local `out`
+    nothing is noted: while `writing` holds it nobody else publishes.
+
+    Raises
+    ------
+    StorageError
+        The storage does not answer.
+    """
+    note = staging / _JOURNAL / _FOUND
+    if out.is_local or note.exists():
+        return
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(note, _digest(_content(out / manifest_name)))
 
 
 def upload_part(staging: Path, name: str, target: Location) -> None:
@@ -92,36 +141,44 @@ def publish(staging: Path, out: Location, manifest_name: str, *, replace: bool =
     Parameters
     ----------
     staging : Path
-        Holds the manifest. Hidden files in it are not published.
+        Holds the manifest and the files that this lists. Hidden files are notes of the work and are not published.
     out : Location
     manifest_name : str
-        For an object store the manifest has a `root` (`new_root`), relative to which it lists its files.
+        For an object store the manifest has a `root` (`new_root`), below which its files go; for a local folder none.
     replace : bool
-        An object store's manifest that is there already is replaced: it is deleted before the new one is put, the files it lists afterwards. A local
-        folder is always replaced.
+        An object store's manifest that stood there when the run began (`note_found`; without that note, when this was called) is replaced: it is
+        deleted before the new one is put, the files it lists afterwards. A local folder is always replaced.
 
     Raises
     ------
     UsageError
-        Another run has published there. What this one uploaded is removed again.
+        Another run has published there. What this one uploaded is removed again, the staging folder stays.
+    SentinodeError
+        The staging folder lacks what the manifest lists; or, for a local `out`, holds what it does not list. Nothing was published.
     StorageError
         The storage does not answer; the call can be repeated.
     """
+    data = (staging / manifest_name).read_bytes()
+    root, names = _listed(data)
+    if bool(root) == out.is_local:
+        raise SentinodeError(f"{staging / manifest_name}: " + ("a root in it" if root else "no root in it, which an object store needs"))
     if out.is_local:
+        _check_listed(staging, names, manifest_name)
+        _clear(staging, {manifest_name, *names}, manifest_name)
         storage.publish(staging, out.local)
         return
-    data = (staging / manifest_name).read_bytes()
-    root, _ = _listed(data)
-    if not root:
-        raise SentinodeError(f"{staging / manifest_name}: no root in it, which an object store needs")
-    target, manifest = out / root, out / manifest_name
-    names = sorted(name for name in _names(staging) if name != manifest_name)
+    manifest = out / manifest_name
     there = _content(manifest)
     if there != data:
-        if there is not None and not replace:
-            raise _lost(out, manifest_name, there, target, names, staging)
-        _upload(staging, names, target)
-        there = _content(manifest) if replace else None
+        may_go = _replaceable(staging, there) if replace else None
+        if there is not None and _digest(there) != may_go:
+            raise _lost(out, manifest_name, there, out / root, names, staging)
+        _check_listed(staging, names, manifest_name)
+        _upload(staging, names, out / root)
+        # Asked again: the upload took its time, and whatever another run has published meanwhile is not ours to remove.
+        there = _content(manifest)
+        if there is not None and _digest(there) != may_go:
+            raise _lost(out, manifest_name, there, out / root, names, staging)
         if there is not None:
             (staging / _JOURNAL).mkdir(exist_ok=True)
             write_bytes_atomic(staging / _JOURNAL / _REPLACED, there)
@@ -129,9 +186,86 @@ def publish(staging: Path, out: Location, manifest_name: str, *, replace: bool =
         try:
             manifest.write_bytes(data, create_only=True)
         except FileExistsError as error:
-            raise _lost(out, manifest_name, _content(manifest) or b"", target, names, staging) from error
-    _remove_replaced(staging, out, {f"{root}/{name}" for name in names} | {manifest_name})
-    shutil.rmtree(staging)
+            raise _lost(out, manifest_name, _content(manifest) or b"", out / root, names, staging) from error
+    _remove_replaced(staging, out, {manifest_name, *_placed(data)})
+    _discard(staging)
+
+
+def clean_up(out: Location, staging: Path, manifest_name: str) -> None:
+    """Remove what a run left that was killed between publishing `out` and clearing up; call it outside `writing` where `out` is found complete.
+
+    Removed are the folder that a local `out` replaced; for an object store the staging folder that `out` was published from, told by its manifest,
+    and the files that were replaced. Nothing else: a staging folder of other work may be continued. Cheap where there is nothing, and never fails:
+    while another process writes `out`, or where nothing can be removed, nothing happens.
+    """
+    left = [replaced_path(out.local)] if out.is_local else [staging, _done_path(staging)]
+    if not any(os.path.lexists(path) for path in left):
+        return
+    try:
+        with writing(out, staging):
+            published = _content(out / manifest_name)
+            if published is None:
+                return  # not complete any more
+            if out.is_local:
+                remove_any(replaced_path(out.local))
+                return
+            remove_any(_done_path(staging))
+            with suppress(FileNotFoundError):
+                if (staging / manifest_name).read_bytes() == published:
+                    _remove_replaced(staging, out, {manifest_name, *_placed(published)})
+                    _discard(staging)
+    except UsageError:
+        return  # another process is writing, or this one may not
+    except (OSError, StorageError) as error:
+        log.warning("what an interrupted run has left is still there: %s", error)
+
+
+def _check_listed(staging: Path, names: list[str], manifest_name: str) -> None:
+    if absent := [name for name in names if not (staging / name).is_file()]:
+        raise SentinodeError(f"{staging}: {absent[0]} is listed in {manifest_name}, but not there ({len(absent)} of {len(names)} files)")
+
+
+def _clear(staging: Path, kept: set[str], manifest_name: str) -> None:
+    """Remove hidden files and empty folders; SentinodeError for any other file that is not to be kept."""
+    files = [path for path in staging.rglob("*") if path.is_symlink() or not path.is_dir()]
+    names = {path.relative_to(staging).as_posix(): path for path in files}
+    hidden = {name for name in names if any(part.startswith(".") for part in name.split("/"))}
+    if surplus := sorted(names.keys() - hidden - kept):
+        raise SentinodeError(
+            f"{staging}: {surplus[0]} is not listed in {manifest_name}, so nothing was published ({len(surplus)} such files); "
+            "remove what is left over there and repeat the command"
+        )
+    # What cannot be removed goes out with the folder and is read by nobody: NFS keeps `.nfs…` in place of a file until its last reader closes it.
+    for name in hidden - kept:
+        with suppress(OSError):
+            names[name].unlink()
+    for folder in sorted((path for path in staging.rglob("*") if path.is_dir() and not path.is_symlink()), reverse=True):
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+
+
+def _discard(staging: Path) -> None:
+    """Remove a staging folder; killed on the way, it is not taken for work that can be continued."""
+    done = _done_path(staging)
+    remove_any(done)
+    staging.rename(done)
+    remove_any(done)
+
+
+def _done_path(staging: Path) -> Path:
+    return staging.with_name(f".{staging.name}.done")
+
+
+def _replaceable(staging: Path, there: bytes | None) -> str:
+    """Return the digest of the manifest that this run may replace."""
+    try:
+        return (staging / _JOURNAL / _FOUND).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return _digest(there)
+
+
+def _digest(manifest: bytes | None) -> str:
+    return "" if manifest is None else hashlib.sha256(manifest).hexdigest()
 
 
 def _upload(staging: Path, names: list[str], target: Location) -> None:
@@ -153,15 +287,21 @@ def _upload(staging: Path, names: list[str], target: Location) -> None:
 def _lost(out: Location, manifest_name: str, theirs: bytes, target: Location, names: list[str], staging: Path) -> UsageError:
     if _listed(theirs)[0] != target.name:
         target.remove_many(names)
+    # Where this run has deleted a manifest already, it alone knows the files of that.
+    _remove_replaced(staging, out, {manifest_name, *_placed(theirs)})
+    # With the notes of what was found goes the claim on it: repeated, the command replaces what it has just told of.
     shutil.rmtree(staging / _JOURNAL, ignore_errors=True)
-    return UsageError(f"{out}: another run has published {manifest_name} there; what this one uploaded was removed again; choose another --out")
+    return UsageError(
+        f"{out}: another run has published {manifest_name} there; what this one uploaded was removed again; "
+        "choose another --out, or repeat the command with --overwrite to replace it"
+    )
 
 
 def _remove_replaced(staging: Path, out: Location, kept: set[str]) -> None:
     """Remove the files that the replaced manifest lists, and nothing else; the data set is published already, so failures are only logged."""
     try:
-        root, names = _listed((staging / _JOURNAL / _REPLACED).read_bytes())
-        out.remove_many([name for name in (f"{root}/{name}" if root else name for name in names) if name not in kept])
+        replaced = (staging / _JOURNAL / _REPLACED).read_bytes()
+        out.remove_many([name for name in _placed(replaced) if name not in kept])
     except FileNotFoundError:
         return  # nothing was replaced
     except (OSError, StorageError) as error:
@@ -174,17 +314,16 @@ def _listed(manifest: bytes) -> tuple[str, list[str]]:
         content = json.loads(manifest)
         root = content.get("root", "")
         names = [record["path"] for key in ("shards", "files") for record in content.get(key, [])]
-        inside = all(not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts for name in (root, *names))
+        inside = all(is_inside(name) for name in (root, *names))
     except (ValueError, AttributeError, KeyError, TypeError):
         return "", []
     return (root, names) if inside else ("", [])
 
 
-def _names(staging: Path) -> Iterator[str]:
-    for path in staging.rglob("*"):
-        relative = path.relative_to(staging)
-        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
-            yield relative.as_posix()
+def _placed(manifest: bytes) -> list[str]:
+    """Return the files that a manifest lists, relative to the manifest."""
+    root, names = _listed(manifest)
+    return [f"{root}/{name}" if root else name for name in names]
 
 
 def _note(staging: Path, name: str) -> Path:

@@ -81,20 +81,31 @@ def exclusive(out: Path) -> Iterator[None]:
 
 
 def publish(staging: Path, out: Path) -> None:
-    """Move a finished staging folder to `out`. What was at `out` is moved aside first, so a reader sees the old, none or the new."""
+    """Move a finished staging folder to `out`. What was at `out` is moved aside first, so a reader sees the old, none or the new.
+
+    Everything in the folder is on the disk before it gets its name: after a power cut the folder is whole or still called staging. Killed between
+    the two renames, the old folder waits as `replaced_path(out)` until the next call has put the new one in its place.
+    """
     for path in (staging, *sorted(staging.rglob("*"))):
-        _fsync(path)
-    # A name that nobody gives to a backup: whatever is there is deleted.
-    old = out.with_name(f".{out.name}.replaced")
-    _remove(old)
+        # A network file system's stand-in for a file that was removed while open; it goes when its reader does, which may be now.
+        if not path.name.startswith(".nfs"):
+            _fsync(path)
+    old = replaced_path(out)
     if os.path.lexists(out):
+        remove_any(old)
         out.rename(old)
     staging.rename(out)
     _fsync(out.parent)
-    _remove(old)
+    remove_any(old)
 
 
-def _remove(path: Path) -> None:
+def replaced_path(out: Path) -> Path:
+    """Where what was at `out` lies while it is being replaced: a name that nobody gives to a backup, since whatever is there gets deleted."""
+    return out.with_name(f".{out.name}.replaced")
+
+
+def remove_any(path: Path) -> None:
+    """Remove a file, a link or a folder with all in it as far as that can be removed; nothing happens if there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

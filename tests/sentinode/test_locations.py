@@ -148,7 +148,8 @@ def test_folder_markers_of_other_tools_are_no_files(s3_server: Server, s3_folder
     assert [entry.name for entry in locate(s3_folder).entries()] == ["a"]
 
 
-def test_many_files_are_read_in_order_and_a_missing_one_is_its_own_error(folder: Location) -> None:
+def test_many_objects_are_read_in_order_and_a_missing_one_is_its_own_error(s3_folder: str) -> None:
+    folder = locate(s3_folder)
     names = [f"{number:03d} [x].tif" for number in range(150)]
     for name in names:
         (folder / name).write_bytes(name.encode())
@@ -174,7 +175,7 @@ def test_parquet_and_hdf5_are_read_through_an_open_file(folder: Location, tmp_pa
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["x"] = values
     for name in ("a.parquet", "a.h5"):
-        (folder / name).put_file(tmp_path / name)
+        (folder / name).write_bytes((tmp_path / name).read_bytes())
     with (folder / "a.parquet").open_input() as source:
         assert pq.read_table(source)["a"].to_pylist() == list(range(100_000))
     with (folder / "a.h5").open_input() as source, h5py.File(source, "r") as file:
@@ -216,14 +217,6 @@ def test_creating_what_is_there_already_with_the_same_bytes_is_done(folder: Loca
     # So looks a put whose answer was lost, when it is repeated.
     for _ in range(2):
         (folder / "manifest").write_bytes(b"same", create_only=True)
-
-
-def test_a_tree_is_removed_and_nothing_beside_it(folder: Location) -> None:
-    for name in ("a/x", "a/b/y", "ab", "a.txt"):
-        (folder / name).write_bytes(b"")
-    (folder / "a").remove_tree()
-    (folder / "a").remove_tree()
-    assert [entry.name for entry in folder.entries(recursive=True)] == ["a.txt", "ab"]
 
 
 @pytest.mark.parametrize("failure", ["503", "slow down", "drop", "cut"])
@@ -359,16 +352,8 @@ def test_a_file_server_that_fails_for_a_moment_is_waited_for(tmp_path: Path, mon
 
 def test_a_file_server_that_stays_away_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_bytes", failing(100, errno.ESTALE))
-    for read in (lambda: locate(tmp_path / "a").read_bytes(), lambda: locate(tmp_path).read_many(["a"])):
-        with pytest.raises(StorageError, match=r"a: cannot be read or written \(Stale file handle\); repeat the command"):
-            read()
-
-
-def test_a_bad_block_is_the_fault_of_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "read_bytes", failing(4, errno.EIO))
-    first, second = locate(tmp_path).read_many(["a", "b"])
-    assert isinstance(first, OSError)
-    assert (first.errno, second) == (errno.EIO, b"content")
+    with pytest.raises(StorageError, match=r"a: cannot be read or written \(Stale file handle\); repeat the command"):
+        locate(tmp_path / "a").read_bytes()
 
 
 def test_refused_access_is_a_permission_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,6 +181,40 @@ def test_what_an_interrupted_publish_left_is_cleared_by_the_next(tmp_path: Path)
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_everything_is_on_the_disk_before_the_folder_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = make_folder(tmp_path / "out", old="1")
+    staging = staging_path(out)
+    make_folder(staging / "train" / "deep", part="1")
+    make_folder(staging / "val", part="2")
+    write_json(staging / "manifest.json", {})
+    content = {staging, *staging.rglob("*")}
+    steps: list[Path] = []
+    fsync, rename = os.fsync, os.rename
+
+    def noting_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        steps.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    def noting_rename(source: Path, target: Path) -> None:
+        rename(source, target)
+        steps.append(Path(f"{Path(source).name} -> {Path(target).name}"))
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "rename", noting_rename)
+    publish(staging, out)
+    assert set(steps[: len(content)]) == content
+    # The folder that the names stand in comes after both renames.
+    assert steps[len(content) :] == [Path("out -> .out.replaced"), Path("out.staging -> out"), tmp_path]
+
+
+def test_what_nfs_keeps_of_an_open_file_may_vanish_while_publishing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    make_folder(staging_path(out), manifest="1")
+    (staging_path(out) / ".nfs0000a").symlink_to("gone")
+    publish(staging_path(out), out)
+    assert (out / "manifest").read_text() == "1"
+
+
 def test_publishing_over_a_link_replaces_the_link_and_not_its_target(tmp_path: Path) -> None:
     target = make_folder(tmp_path / "elsewhere", kept="1")
     out = tmp_path / "out"
