@@ -1,5 +1,6 @@
 """Every layout in an object store gives what it gives on a disk."""
 
+import errno
 from pathlib import Path
 
 import boto3
@@ -10,10 +11,12 @@ from data_prep.rejects import RejectReason
 from data_prep.sources import files, listing, table
 from data_prep.sources.base import Source, Unread
 from data_prep.sources.dataset import from_dataset
+from data_prep.sources.table import open_table
 from data_prep.sources.unpack import unpack
+from sentinode.config import PrepareConfig
 from sentinode.errors import StorageError, UsageError
 from sentinode.images import UInt8Array
-from sentinode.locations import locate
+from sentinode.locations import Location, locate
 from tests.data_prep.sources.helpers import column, opened, pixels, refused, write_kaggle, write_noise
 from tests.data_prep.sources.test_dataset import read_all, write_dataset
 from tests.data_prep.sources.test_pcam import no_progress, write_part
@@ -98,6 +101,16 @@ def test_the_digest_of_a_table_follows_its_objects_wherever_they_lie(
     where.write_text(f"path,label\n{s3_folder}/no/a.tif,0\n{s3_folder}/no/b.tif,1\n")
     with pytest.raises(UsageError, match="none of the 2 files that it names exists"):
         opened(where)
+
+
+def test_a_folder_of_objects_that_may_not_be_listed_is_named(tmp_path: Path, s3_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Location, *, recursive: bool) -> None:
+        raise PermissionError(errno.EACCES, "Access Denied", str(folder))
+
+    (tmp_path / "table.csv").write_text(f"path,label\n{s3_folder}/in/a.tif,0\n")
+    monkeypatch.setattr(Location, "entries", refuse)
+    with pytest.raises(UsageError, match=rf"{s3_folder}/in: cannot be listed, which tells whether its objects have changed \(Access Denied\)"):
+        open_table(PrepareConfig(), locate(tmp_path / "table.csv"))
 
 
 def test_a_large_object_is_refused_by_its_listing_and_never_fetched(
