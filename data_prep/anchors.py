@@ -2,6 +2,10 @@
 
 Both patches of an overlapping pair see the same pixels in their common part, so a choice that depends on a window's pixels alone makes both keep the
 same windows without knowing of each other. A cheap 32-bit hash, computed for every window at once, chooses; only the chosen windows get a long hash.
+
+Windows that are equal on thousands of patches would make the search quadratic. Those of one colour are never chosen, and neither is the grain of
+near-white glass (`_is_grain`). An isolated edge or dot leaves so few different windows that chance could choose none of them: where a run of one
+colour begins or ends, the window is always chosen.
 """
 
 from functools import cache
@@ -15,6 +19,8 @@ from sentinode.images import UInt8Array
 
 MIN_SHARED_FRACTION = 0.05
 """Share of the patch that two patches must have in common."""
+MIN_TEXTURE_STD = 6
+"""The common part's 8-bit values must have a standard deviation above this: glass is equal everywhere and says nothing."""
 EXPECTED_ANCHORS = 12
 """Anchors to expect in the smallest common part that counts, if its windows are all different; none at all then has a probability of e^-12."""
 MAX_WINDOW_PX = 16
@@ -27,10 +33,14 @@ UInt64Array = npt.NDArray[np.uint64]
 _PIXEL_FACTOR = np.uint32(0x9E3779B1)
 _STEP_FACTORS = tuple(np.uint32(factor) for factor in (0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0x2545F491))
 _SALTS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xA0761D6478BD642F))
-_CHUNK_PX = 1 << 17  # 0.5 MB an array of 32-bit pixels: the few that live at a time stay in a core's cache
+_CHUNK_PX = 9 << 15  # 32 patches of 96 px, as many as decode reads at a time: 1.2 MB an array of 32-bit pixels, in a core's cache
 _PLACE_BITS = np.uint64(32)
 _PLACE_MASK = np.uint64(0xFFFFFFFF)
 _KNOWN_BITS = np.uint32(0x01010101)
+# Values within 12 of each other have a standard deviation of 6 at most: too little for a common part of nothing else.
+_GRAIN_RANGE = 2 * MIN_TEXTURE_STD
+_GRAIN_CHANGES = 6
+_SLOPE = 2
 
 
 class _Buffers:
@@ -38,8 +48,8 @@ class _Buffers:
 
     def __init__(self, pixels: int) -> None:
         self.bytes = np.zeros(3 * pixels + 1, np.uint8)
-        self.pixels, self.half, self.whole, self.other = (np.empty(pixels, np.uint32) for _ in range(4))
-        self.chosen = np.empty(pixels, np.bool_)
+        self.pixels, self.mixed, self.half, self.whole, self.other = (np.empty(pixels, np.uint32) for _ in range(5))
+        self.chosen, self.flat = np.empty(pixels, np.bool_), np.empty(pixels, np.bool_)
 
 
 @cache
@@ -99,8 +109,9 @@ class Anchors:
             raise SentinodeError(f"{self._count + len(images)} patches of {side} px are too many for one block; use a smaller decode_block_rows")
         for start in range(0, len(images), self._step):
             pixels = _packed(images[start : start + self._step], self._buffers)
+            mixed = _mixed(pixels, self._buffers)
             for along, across, salt in ((1, side, _SALTS[0]), (side, 1, _SALTS[1])):
-                hashes, places = _chosen(pixels, side, along, across, salt, self._buffers)
+                hashes, places = _chosen(pixels, mixed, side, along, across, salt, self._buffers)
                 self._found.append((hashes, places + np.uint64((self._count + start) * area)))
         self._count += len(images)
 
@@ -113,7 +124,7 @@ class Anchors:
             Row 0 holds the hashes, ordered by their upper 16 bits (and then as they were found): enough to cut the hash range into parts, and several
             times cheaper than a full sort. Row 1 holds the place (patch * side + y) * side + x of the window's first pixel in its lower half, patches
             counted in the order they were added, and the guards (see `agree`) in its upper half.
-            Windows of one single colour are left out: they tell nothing about position, and glass is full of them.
+            Windows of one single colour and grain (`_is_grain`) are left out: they tell nothing about position, and glass is full of them.
         """
         hashes, places = (np.concatenate(column) for column in zip(*self._found, strict=True))
         order = np.argsort((hashes >> np.uint64(48)).astype(np.uint16), kind="stable")  # a radix sort, for 16 bits
@@ -153,23 +164,35 @@ def _packed(images: UInt8Array, buffers: _Buffers) -> UInt32Array:
     return np.bitwise_and(words, np.uint32(0xFFFFFF), out=buffers.pixels[: len(words)])
 
 
-def _chosen(pixels: UInt32Array, side: int, along: int, across: int, salt: np.uint64, buffers: _Buffers) -> tuple[UInt64Array, UInt64Array]:
+def _mixed(pixels: UInt32Array, buffers: _Buffers) -> UInt32Array:
+    """Return other numbers for the pixels, one for each colour, whose differences depend on more than the difference of the colours."""
+    mixed = np.multiply(pixels, _PIXEL_FACTOR, out=buffers.mixed[: len(pixels)])
+    mixed ^= np.right_shift(mixed, np.uint32(15), out=buffers.other[: len(pixels)])
+    return mixed
+
+
+def _chosen(
+    pixels: UInt32Array, mixed: UInt32Array, side: int, along: int, across: int, salt: np.uint64, buffers: _Buffers
+) -> tuple[UInt64Array, UInt64Array]:
     """Return hashes and (guards, places) of the anchors in one direction; `along` and `across` are the steps in the flat pixels."""
     length = window_px(side)
-    half, whole, reach = _window_hashes(pixels, length, along, buffers)
+    half, whole, reach = _window_hashes(mixed, length, along, buffers)
     # Equal neighbours hash to 0, so a window of one colour does too, and 0 is never chosen.
-    ranks = np.subtract(whole, np.uint32(1), out=buffers.other[: len(whole)])
-    index = np.flatnonzero(np.less(ranks, np.uint32(round(density(side) * (2**32 - 1))), out=buffers.chosen[: len(whole)]))
+    limit = np.uint32(2**32 - 1 - round(density(side) * (2**32 - 1)))
+    chosen = np.greater(whole, limit, out=buffers.chosen[: len(whole)])
+    _choose_edges(chosen, np.equal(whole, np.uint32(0), out=buffers.flat[: len(whole)]), along)
+    index = np.flatnonzero(chosen)
     line = index // side
-    row, column = line % side, index - line * side
+    column = index - line * side
+    row = line - line // side * side  # an eighth of what % costs
     position, lane = (column, row) if along == 1 else (row, column)
-    inside = position <= side - length  # the flat pixels know no borders
-    index, position, lane = index[inside], position[inside], lane[inside]
+    keep = position <= side - length  # the flat pixels know no borders
+    keep[keep] = ~_is_grain(pixels, index[keep], length, along)
+    index, position, lane = index[keep], position[keep], lane[keep]
     hashes = (half[index].astype(np.uint64) << np.uint64(32)) | half[index + reach]
     hashes = (hashes ^ salt) * np.uint64(0xBF58476D1CE4E5B9) + pixels[index] * np.uint64(0xD6E8FEB86659FD93)
     hashes = (hashes ^ (hashes >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
     hashes ^= hashes >> np.uint64(32)
-    guards = np.zeros(len(index), np.uint32)
     aside = length // 2
     neighbours = (
         (position >= length, -length * along),
@@ -177,24 +200,68 @@ def _chosen(pixels: UInt32Array, side: int, along: int, across: int, salt: np.ui
         (lane >= aside, -aside * across),
         (lane < side - aside, aside * across),
     )
+    guards = np.empty((len(index), len(neighbours)), np.uint8)
     for number, (known, step) in enumerate(neighbours):
-        guard = (whole.take(index + step, mode="clip") >> np.uint32(24)) | np.uint32(1)
-        guards |= (guard * known) << np.uint32(8 * number)
-    return hashes, (guards.astype(np.uint64) << _PLACE_BITS) | index.astype(np.uint64)
+        guard = (whole[index + known * step] >> np.uint32(24)).astype(np.uint8) | np.uint8(1)
+        np.multiply(guard, known, out=guards[:, number])
+    return hashes, (guards.view("<u4").reshape(-1).astype(np.uint64) << _PLACE_BITS) | index.astype(np.uint64)
 
 
-def _window_hashes(pixels: UInt32Array, length: int, along: int, buffers: _Buffers) -> tuple[UInt32Array, UInt32Array, int]:
+def _choose_edges(chosen: npt.NDArray[np.bool_], flat: npt.NDArray[np.bool_], along: int) -> None:
+    """Also choose the windows beside those of one colour: their first or last pixel alone differs from the rest.
+
+    An edge between two flat areas has 15 different windows, of which the hash chooses none in half of all cases; a dot on a flat area has few more.
+    So an isolated edge or dot has an anchor for certain where the common part holds 16 px of one colour on one side of it.
+    """
+    if not flat.any():
+        return
+    border = flat[along:] ^ flat[:-along]
+    border_before, border_after = border & ~flat[:-along], border & ~flat[along:]
+    chosen[:-along] |= border_before
+    chosen[along:] |= border_after
+
+
+def _is_grain(pixels: UInt32Array, index: IntArray, length: int, along: int) -> npt.NDArray[np.bool_]:
+    """Tell which windows are the grain of glass: few changes (not more than 6) between grey values within 12 of each other, and no slope.
+
+    Scanners that clip at white make patches of 255 with scattered 254, in which the same few windows repeat by the hundred; a search through them is
+    quadratic and finds nothing, as what counts as an overlap has values more than 12 apart in its common part. They can still be apart there if no
+    window holds as much: on a slow slope. A slope's windows stay: from one end to the other they rise or fall by two, not only at a single pixel.
+    Where every line rises or falls and even this is missed, a common part of 96 px spans at most 9 values along a line: again too little.
+    """
+    grain = np.zeros(len(index), np.bool_)
+    low, high = _extremes(pixels[index])
+    near = np.flatnonzero(high - low <= _GRAIN_RANGE)  # hardly any tissue is that grey
+    last_low, last_high = _extremes(pixels[index[near] + (length - 1) * along])
+    near = near[np.maximum(last_high, high[near]) - np.minimum(last_low, low[near]) <= _GRAIN_RANGE]
+    windows = pixels[index[near] + np.arange(length)[:, np.newaxis] * along]  # (length, n): the fast direction to reduce
+    values = windows.view(np.uint8)  # (length, 4 * n)
+    lowest, highest = _extremes(values.min(axis=0).view(np.uint32))[0], _extremes(values.max(axis=0).view(np.uint32))[1]
+    changes = (windows[1:] != windows[:-1]).view(np.uint8).sum(axis=0, dtype=np.uint8)
+    few = np.flatnonzero((highest - lowest <= _GRAIN_RANGE) & (changes <= _GRAIN_CHANGES))
+    depth = max(1, length // 5)
+    first, last = (np.ascontiguousarray(part[:, few]).view(np.uint8).astype(np.int16) for part in (windows[:depth], windows[: -depth - 1 : -1]))
+    slope = ((last - first >= _SLOPE).all(axis=0) | (first - last >= _SLOPE).all(axis=0)).view(np.uint32) != 0  # in any channel
+    grain[near[few]] = ~slope
+    return grain
+
+
+def _extremes(pixels: UInt32Array) -> tuple[UInt32Array, UInt32Array]:
+    """Return the smallest and the largest channel of 24-bit pixels."""
+    red, green, blue = pixels & np.uint32(255), (pixels >> np.uint32(8)) & np.uint32(255), pixels >> np.uint32(16)
+    return np.minimum(np.minimum(red, green), blue), np.maximum(np.maximum(red, green), blue)
+
+
+def _window_hashes(mixed: UInt32Array, length: int, along: int, buffers: _Buffers) -> tuple[UInt32Array, UInt32Array, int]:
     """Hash all windows of the flat pixels, from the differences of neighbours.
 
     Returns the hashes of the windows' first halves, those of whole windows, and where the second half of a window starts behind the first (the halves
     may have pixels in common). Doubling (1, 2, 4, 8 differences, then all 15 from two eights) costs five multiply-adds instead of fifteen; overflow
     modulo 2^32 is wanted.
     """
-    size = max(0, len(pixels) - along)
+    size = max(0, len(mixed) - along)
     half, other = buffers.half[:size], buffers.other[:size]
-    np.subtract(pixels[along:], pixels[:size], out=half)
-    half *= _PIXEL_FACTOR
-    half ^= np.right_shift(half, np.uint32(15), out=other)
+    np.subtract(mixed[along:], mixed[:size], out=half)
     width = 1
     for factor in _STEP_FACTORS[:-1]:
         if 2 * width >= length:

@@ -13,13 +13,11 @@ import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from data_prep.anchors import MIN_SHARED_FRACTION, UInt32Array, UInt64Array, agree
+from data_prep.anchors import MIN_SHARED_FRACTION, MIN_TEXTURE_STD, UInt32Array, UInt64Array, agree
+from data_prep.fingerprints import sift
 from data_prep.spool import IntArray, Spool
 from sentinode.errors import SentinodeError
 from sentinode.images import UInt8Array
-
-MIN_TEXTURE_STD = 6
-"""The common part's 8-bit values must have a standard deviation above this: glass is equal everywhere and says nothing."""
 
 _PIECE = 1 << 16  # matches looked at together: 0.5 MB an array, so that a handful stays in a core's cache
 _SEEN_BITS = 20  # 8 MB for the candidates met last
@@ -83,16 +81,8 @@ class Packing:
         """Where first, second and dy + side begin; dx + side begins at bit 0."""
         return np.uint64(self.patch_bits + 2 * self.offset_bits), np.uint64(2 * self.offset_bits), np.uint64(self.offset_bits)
 
-    def pack(self, overlaps: Overlaps) -> UInt64Array:
-        """Return one number per row, uint64 (n,)."""
-        above, between, below = self.shifts
-        first, second = overlaps.first.astype(np.uint64), overlaps.second.astype(np.uint64)
-        dy, dx = (overlaps.dy + self.side).astype(np.uint64), (overlaps.dx + self.side).astype(np.uint64)
-        packed: UInt64Array = (first << above) | (second << between) | (dy << below) | dx
-        return packed
-
     def unpack(self, packed: UInt64Array) -> Overlaps:
-        """Return what `pack` packed."""
+        """Return the overlaps that numbers stand for, uint64 (n,)."""
         above, between, below = self.shifts
         patch, offset = np.uint64((1 << self.patch_bits) - 1), np.uint64((1 << self.offset_bits) - 1)
         dy, dx = ((packed >> below) & offset).astype(np.int64) - self.side, (packed & offset).astype(np.int64) - self.side
@@ -105,13 +95,6 @@ class Packing:
         extent = np.maximum(self.side - offsets, 0)
         result: npt.NDArray[np.bool_] = np.multiply.outer(extent, extent) >= MIN_SHARED_FRACTION * self.side * self.side
         return result.reshape(-1)
-
-
-def shared_fraction(dy: IntArray, dx: IntArray, side: int) -> npt.NDArray[np.float64]:
-    """Return the share of the patch that is in common at offsets `dy`, `dx`, int64 (n,) in pixels -> float64 (n,), 0..1."""
-    common = np.maximum(side - np.abs(dy), 0) * np.maximum(side - np.abs(dx), 0)
-    fraction: npt.NDArray[np.float64] = common / (side * side)
-    return fraction
 
 
 def is_overlap(first: UInt8Array, second: UInt8Array, dy: int, dx: int) -> bool:
@@ -143,8 +126,8 @@ def empty_memory() -> UInt64Array:
     return np.zeros(1 << _SEEN_BITS, np.uint64)
 
 
-def join(hashes: UInt64Array, places: IntArray, guards: UInt32Array, packing: Packing, range_bits: int, seen: UInt64Array) -> UInt64Array:
-    """Return the candidates that some anchors speak for, packed, in no order; most of them once.
+def join(hashes: UInt64Array, places: IntArray, guards: UInt32Array, packing: Packing, range_bits: int, seen: UInt64Array) -> Iterator[UInt64Array]:
+    """Yield the candidates that some anchors speak for, packed, some at a time, in no order; most of them once.
 
     Parameters
     ----------
@@ -171,7 +154,6 @@ def join(hashes: UInt64Array, places: IntArray, guards: UInt32Array, packing: Pa
     origin = np.uint64((packing.side << packing.offset_bits) + packing.side)
     as_first, as_second = (numbers << above) + offset + origin, (numbers << between) - offset
     offset_mask, slot_shift = np.uint64((1 << 2 * packing.offset_bits) - 1), np.uint64(64 - (len(seen) - 1).bit_length())
-    found = [np.empty(0, np.uint64)]
     for left, right in _pairs(ends):
         keep = agree(guards[left], guards[right])
         keep &= patches[left] != patches[right]
@@ -181,8 +163,7 @@ def join(hashes: UInt64Array, places: IntArray, guards: UInt32Array, packing: Pa
         new = seen[slot] != packed
         packed = packed[new]
         seen[slot[new]] = packed
-        found.append(packed)
-    return np.concatenate(found)
+        yield packed
 
 
 def unique(packed: UInt64Array) -> UInt64Array:
@@ -223,8 +204,15 @@ def _pairs(ends: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
         begin = end
 
 
+def sifted(spool: Spool, packed: UInt64Array, packing: Packing) -> UInt64Array:
+    """Drop candidates that are no overlaps, where there are so many that this pays (`fingerprints.sift`)."""
+    candidates = packing.unpack(packed)
+    return packed[sift(spool, candidates.first, candidates.second, candidates.dy, candidates.dx)]
+
+
 def verify(spool: Spool, packed: UInt64Array, packing: Packing) -> UInt64Array:
     """Keep the candidates that meet the definition; ascending input keeps the reading of first patches local."""
+    packed = sifted(spool, packed, packing)
     starts = spool.starts
     pixels = [np.asarray(spool.block(number)) for number in range(len(spool.rows))]  # a memmap's own indexing costs 1 us
     candidates = packing.unpack(packed)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.anchors import UInt64Array, guards_of, places_of
-from data_prep.overlap import Overlaps, Packing, empty_memory, join, unique, verify
+from data_prep.overlap import Overlaps, Packing, empty_memory, join, sifted, unique, verify
 from data_prep.spool import Spool, anchors_path
 from data_prep.tasks import Progress, run_tasks
 from sentinode.storage import temporary_name
@@ -22,6 +22,7 @@ from sentinode.storage import temporary_name
 _ANCHORS_PER_PART = 1 << 23  # 10,000 patches of 96 px: seconds of work
 _ANCHORS_PER_RANGE = 1 << 19  # what is joined at a time: some 40 MB
 _MAX_RANGE_BITS = 16  # the anchors of a block are not sorted further
+_CANDIDATES_GATHERED = 1 << 22  # 32 MB; tissue has fewer than one a patch
 _CANDIDATES_PER_VERIFY = 1 << 19
 _SAMPLE_STEP = 1 << 10  # every so many-th candidate of a file decides where the verification is cut
 
@@ -111,15 +112,38 @@ def candidates(spool: Spool, anchor_files: Sequence[Path], part: int = 0, part_b
         np.append(np.searchsorted(block[0], ranges << np.uint64(64 - range_bits)), np.searchsorted(block[0], last, side="right")) for block in blocks
     ]
     seen = empty_memory()
-    found = [np.empty(0, np.uint64)]
+    found = _Gatherer(spool, packing)
     for number in range(len(ranges)):
         cuts = [slice(bound[number], bound[number + 1]) for bound in bounds]
         hashes = np.concatenate([block[0, cut] for block, cut in zip(blocks, cuts, strict=True)])
         rows = [block[1, cut] for block, cut in zip(blocks, cuts, strict=True)]
         places = np.concatenate([places_of(row) + start for row, start in zip(rows, starts, strict=True)])
         guards = np.concatenate([guards_of(row) for row in rows])
-        found.append(join(hashes, places, guards, packing, range_bits, seen))
-    return unique(np.concatenate(found))
+        for packed in join(hashes, places, guards, packing, range_bits, seen):
+            found.add(packed)
+    return found.result()
+
+
+class _Gatherer:
+    """Gathers candidates in bounded memory: where they become many, most of them are none, and these go at once."""
+
+    def __init__(self, spool: Spool, packing: Packing) -> None:
+        self._spool, self._packing = spool, packing
+        self._sifted = np.empty(0, np.uint64)
+        self._fresh: list[UInt64Array] = []
+        self._count = 0
+
+    def add(self, packed: UInt64Array) -> None:
+        self._fresh.append(packed)
+        self._count += len(packed)
+        if self._count > _CANDIDATES_GATHERED:
+            fresh = unique(np.concatenate(self._fresh))
+            self._sifted = unique(np.concatenate([self._sifted, sifted(self._spool, fresh, self._packing)]))
+            self._fresh, self._count = [], 0
+
+    def result(self) -> UInt64Array:
+        """Return the candidates, ascending."""
+        return unique(np.concatenate([self._sifted, *self._fresh]))
 
 
 def _verify_task(spool: dict[str, Any], sources: list[str], low: int, high: int, out: str) -> int:

@@ -62,12 +62,36 @@ def test_both_patches_choose_the_same_windows_of_their_common_part() -> None:
 def test_windows_of_one_colour_are_no_anchors() -> None:
     images = np.full((3, 96, 96, 3), 240, np.uint8)
     assert anchors(images).shape == (2, 0)
-    images[1, 50, 50] = 239
-    hashes, rows = anchors(images)
-    y, x = np.divmod(places_of(rows) - 96 * 96, 96)
+    images[1, 50, 50] = 220
+    y, x = np.divmod(places_of(anchors(images)[1]) - 96 * 96, 96)
     # What is left are windows that hold the one different pixel.
-    assert len(hashes) > 0
     assert np.all(((y == 50) & (x > 34) & (x <= 50)) | ((x == 50) & (y > 34) & (y <= 50)))
+    # Those in which it is the first or the last are always among them.
+    assert {(50, 35), (50, 50), (35, 50), (50, 50)} <= set(zip(y.tolist(), x.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(("base", "depth"), [(255, 1), (255, 12), (248, 3), (128, 12)])
+def test_the_grain_of_glass_has_no_anchors(base: int, depth: int) -> None:
+    rng = np.random.default_rng(5)
+    images = np.full((20, 96, 96, 3), base, np.uint8)
+    images[rng.random((20, 96, 96)) < 0.01] -= np.uint8(depth)
+    assert anchors(images).shape[1] < 20
+
+
+@pytest.mark.parametrize("colour", [(255, 255, 255), (240, 200, 220)])
+def test_grain_deep_enough_to_be_texture_or_on_a_coloured_ground_has_anchors(colour: tuple[int, int, int]) -> None:
+    images = np.full((1, 96, 96, 3), colour, np.uint8)
+    images[0, ::25, ::25] -= np.uint8(13)
+    assert anchors(images).shape[1] >= 16
+
+
+@pytest.mark.parametrize(("down", "across"), [(0, 0.22), (0.16, 0.16), (0.5, 0), (0.3, -0.4)])
+def test_a_slow_slope_has_anchors(down: float, across: float) -> None:
+    """The slowest slopes whose values are far enough apart over a patch to count as texture."""
+    y, x = np.mgrid[:96, :96]
+    image = np.repeat((150 + down * y + across * x)[..., np.newaxis], 3, axis=2).astype(np.uint8)
+    assert image.std() > 6 - 0.7
+    assert anchors(image[None]).shape[1] > 50
 
 
 def test_patches_smaller_than_any_window_have_no_anchors() -> None:

@@ -1,13 +1,16 @@
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
+from data_prep import overlap
 from data_prep.anchors import MIN_SHARED_FRACTION
-from data_prep.overlap import Overlaps, Packing, connected_groups, is_overlap, shared_fraction
+from data_prep.overlap import Packing, connected_groups, is_overlap
+from data_prep.spool import IntArray
 from sentinode.errors import SentinodeError
 from sentinode.images import UInt8Array, decode_patch
 from tests.data_prep.brute_force import Row, brute_force, counting_offsets, rows_of, search
@@ -123,6 +126,88 @@ def test_blank_glass_does_not_glue(tmp_path: Path, glass: str) -> None:
     assert rows(tmp_path, images) == []
 
 
+def near_glass(count: int, rng: np.random.Generator, depth: int = 1) -> UInt8Array:
+    """Glass clipped at white, one pixel in a hundred a little darker, and on each a square of tissue of its own."""
+    images = np.full((count, 96, 96, 3), 255, np.uint8)
+    images[rng.random((count, 96, 96)) < 0.01] -= np.uint8(depth)
+    for image in images:
+        y, x = rng.integers(0, 77, 2)
+        image[y : y + 20, x : x + 20] = noise(rng, 20)
+    return images
+
+
+def count_compared(folder: Path, images: UInt8Array, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Row], int, int]:
+    """Overlaps, pairs of anchors that were looked at, and pairs of patches that were compared pixel by pixel."""
+    matches, compared = 0, 0
+    pairs_of, compare = overlap._pairs, overlap.is_overlap
+
+    def pairs(ends: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
+        nonlocal matches
+        for left, right in pairs_of(ends):
+            matches += len(left)
+            yield left, right
+
+    def counted(first: UInt8Array, second: UInt8Array, dy: int, dx: int) -> bool:
+        nonlocal compared
+        compared += 1
+        return compare(first, second, dy, dx)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(overlap, "_pairs", pairs)
+        patched.setattr(overlap, "is_overlap", counted)
+        return rows_of(search(folder, images, block_rows=500)), matches, compared
+
+
+def test_the_work_on_near_glass_grows_with_the_patches_not_with_their_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(11)
+    images = near_glass(2000, rng)
+    images[1] = np.roll(images[0], (5, -7), (0, 1))  # one true pair, wherever the square is
+    work = {count: count_compared(tmp_path / str(count), images[:count], monkeypatch) for count in (1000, 2000)}
+    for count, (found, matches, compared) in work.items():
+        assert (0, 1) in {row[:2] for row in found}
+        assert matches < 10 * count
+        assert compared < count / 10
+
+
+def test_candidates_of_deep_grain_are_sorted_out_without_comparing_their_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dots too deep for grain, too few for texture: many candidates, in bounded memory."""
+    monkeypatch.setattr("data_prep.overlap_search._CANDIDATES_GATHERED", 50_000)
+    images = near_glass(12, np.random.default_rng(12), depth=20)
+    images[1, :70, :60] = images[0, 26:, 36:]
+    found, matches, compared = count_compared(tmp_path, images, monkeypatch)
+    assert found == brute_force(images) == [(0, 1, 26, 36)]
+    assert matches > 200_000
+    assert compared < 1000
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_few_dots_on_glass_are_an_overlap_where_they_are_texture(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    field = np.full((156, 156, 3), 255, np.uint8)
+    field[tuple(rng.integers(0, 156, (2, 60)))] = rng.integers(0, 80, 3)
+    origins = rng.integers(0, 61, (5, 2))
+    images = np.stack([cut(field, *origin) for origin in origins])
+    expected = brute_force(images)
+    # In a part of 36 x 36 px, a dot has 16 px of glass on at least one side along its row and along its column.
+    wide = [row for row in expected if max(map(abs, row[2:])) <= 60]
+    found = rows_of(search(tmp_path, images))
+    assert len(wide) >= 10
+    assert set(wide) <= set(found) <= set(expected)
+
+
+@pytest.mark.parametrize("step", [14, 30, 90])
+@pytest.mark.parametrize("turns", range(4))
+def test_an_edge_between_two_flat_areas_is_an_overlap(tmp_path: Path, step: int, turns: int) -> None:
+    field = np.full((170, 170, 3), 250, np.uint8)
+    y, x = np.mgrid[:170, :170]
+    field[(x > 85) & (y > 60)] -= np.uint8(step)
+    field = np.rot90(field, turns)
+    first, second = cut(field, 20, 25), cut(field, 50, 40)
+    found = rows(tmp_path, [first, second])
+    assert (0, 1, 30, 15) in found
+    assert set(found) <= set(brute_force(np.stack([first, second])))
+
+
 def test_equal_texture_without_contrast_does_not_count(tmp_path: Path) -> None:
     field = np.random.default_rng(6).integers(200, 204, (200, 200, 3), dtype=np.uint8)
     assert not is_overlap(cut(field, 0, 0), cut(field, 30, 30), 30, 30)
@@ -184,22 +269,18 @@ def test_a_periodic_pattern_overlaps_with_itself_at_every_period(tmp_path: Path)
 def test_packed_overlaps_have_the_order_of_their_rows() -> None:
     rng = np.random.default_rng(10)
     count, side = 2_200_000, 96
-    table = np.stack([*rng.integers(0, count, (2, 1000)), *rng.integers(-95, 96, (2, 1000))])
+    table = sorted(zip(*rng.integers(0, count, (2, 1000)).tolist(), *rng.integers(-95, 96, (2, 1000)).tolist(), strict=True))
     packing = Packing(count, side)
-    packed = packing.pack(Overlaps(*table))
-    found = packing.unpack(packed)
-    assert np.array_equal(np.stack([found.first, found.second, found.dy, found.dx]), table)
-    assert rows_of(packing.unpack(np.sort(packed))) == sorted(zip(*table.tolist(), strict=True))
+    above, between, below = (int(shift) for shift in packing.shifts)
+    packed = np.array([(a << above) + (b << between) + (dy + side << below) + dx + side for a, b, dy, dx in table], np.uint64)
+    assert np.all(np.diff(packed.astype(object)) >= 0)
+    assert rows_of(packing.unpack(packed)) == table
 
 
 def test_more_patches_than_can_be_packed_are_refused() -> None:
     Packing(1 << 24, 96)
     with pytest.raises(SentinodeError, match=r"16777217 patches of 96 px are too many.*16777216"):
         Packing((1 << 24) + 1, 96)
-
-
-def test_the_shared_fraction_is_the_common_area() -> None:
-    assert shared_fraction(np.array([0, 48, -91, 96]), np.array([0, -48, 0, 0]), 96).tolist() == [1, 0.25, 5 / 96, 0]
 
 
 def real_patches() -> UInt8Array:
