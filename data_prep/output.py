@@ -88,7 +88,7 @@ def request_of(
     work: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> PrepareRequest:
-    """List the inputs; no image is opened and nothing is written.
+    """List the inputs; no image is opened. Of an `out` in an object store without `work`, the folder for the work is made.
 
     Parameters
     ----------

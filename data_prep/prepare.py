@@ -52,7 +52,7 @@ from sentinode.errors import ManifestError, ManifestNotFoundError, RejectedInput
 from sentinode.images import UInt8Array
 from sentinode.locations import Location, locate
 from sentinode.manifests import DATASET_FORMAT_VERSION, DatasetManifest, FileRecord, ShardRecord, SplitMethod, SplitReport, read_dataset_manifest
-from sentinode.publishing import clean_up, new_root, publish, upload_part, writing
+from sentinode.publishing import clean_up, new_root, note_found, publish, upload_part, writing
 from sentinode.storage import canonical_json, file_record, write_json, write_text_atomic
 from sentinode.versions import git_commit, library_versions
 
@@ -100,7 +100,9 @@ def prepare(request: PrepareRequest, *, progress: Progress | None = None) -> Pre
             return PrepareResult(out, read_dataset_manifest(out), already_complete=True)
         if not _is_finished(request):
             try:
-                _work(request, _open_staging(request), progress or _silent)
+                root = _open_staging(request)
+                note_found(request.data, out, "dataset.json")
+                _work(request, root, progress or _silent)
             except OSError as error:
                 raise SentinodeError(f"prepare failed: {what_failed(error)}") from error
         manifest = read_dataset_manifest(request.data)
