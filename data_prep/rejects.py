@@ -26,7 +26,7 @@ class RejectReason(StrEnum):
     NO_SPLIT = "no_split"
     """Keeping the source's own splits, and it gives none for this input."""
     UNREADABLE = "unreadable"
-    """The operating system could not read the file."""
+    """The system could not read the file, it is far too large for a patch, or its name cannot be kept."""
     BLANK = "blank"
     """Black or white all over."""
     ID_MISMATCH = "id_mismatch"
