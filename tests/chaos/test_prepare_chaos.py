@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -72,10 +73,7 @@ def test_a_killed_worker_is_replaced_without_being_asked(source: Path, undisturb
     out, staging = tmp_path / "out", tmp_path / "out.staging"
     with running(*_argv(source, out), ray_address=ray_address) as command:
         _wait_for(lambda: any(staging.glob("*/work/block-00002.parquet")), command)
-        victims = [process for process in psutil.Process().children(recursive=True) if "MapBatches" in " ".join(process.cmdline())]
-        assert victims
-        for victim in victims:
-            victim.kill()
+        _wait_for(_kill_tasks, command)
         command.wait_for_line("data set: ", 240)
         assert command.process.wait(60) == 0
     assert PreparedDataset.open(out).manifest.fingerprint == undisturbed
