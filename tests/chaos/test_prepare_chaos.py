@@ -56,6 +56,17 @@ def _wait_for(condition: Callable[[], bool], command: Running, timeout_s: float 
         time.sleep(0.005)
 
 
+def _kill_tasks() -> bool:
+    """Kill every process that is in the middle of a task; between two tasks there may be none."""
+    killed = False
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if "MapBatches" in " ".join(process.cmdline()):
+                process.kill()
+                killed = True
+    return killed
+
+
 @pytest.mark.parametrize(
     "reached", ["*/work/block-00004.parquet", "*/work/candidates*", "*/work/plan.parquet", "*/data/*/part-00003.parquet", "*/data/index.parquet"]
 )
