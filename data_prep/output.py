@@ -124,6 +124,8 @@ def request_of(
         raise UsageError(f"{listed.where}: no inputs there")
     listed = _check_splits(config, listed)
     target = locate(out)
+    if not target.name:
+        raise UsageError(f"{target}: name a folder to make")
     if target.is_local and work is not None:
         raise UsageError("--work is for an --out in an object store; a local one is made beside its place, so that publishing is one rename")
     staging = staging_of(target, None if work is None else local_path(work))

@@ -20,13 +20,12 @@ from ray_jobs.cluster import Need, check_capacity, connected
 from ray_jobs.prepare_progress import ProgressLines, summary_table
 from ray_jobs.verb import add_common_arguments, config_from, main_of, say
 from sentinode.config import PrepareConfig
-from sentinode.manifests import read_dataset_manifest
 
 
 def run_prepare(request: PrepareRequest, *, verbose: bool = False) -> PrepareResult:
     """Prepare on the Ray at hand; Ray is not even started where the output is complete. Errors: `data_prep.prepare.prepare`."""
     if is_complete(request):
-        return PrepareResult(request.out, read_dataset_manifest(request.out), already_complete=True)
+        return prepare(request)  # which clears up what a killed run has left, and needs no Ray for it
     with connected(0, verbose=verbose):
         check_capacity(Need(workers=1, other_cpus=0), "prepare")
         return prepare(request, progress=ProgressLines())

@@ -42,3 +42,9 @@ def test_without_ray_prepare_says_so_and_writes_nothing(source: Path, tmp_path: 
     with pytest.raises(SentinodeError, match="Ray does not run"):
         prepare(request_of(PrepareConfig(), source, tmp_path / "out"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("out", ["/", "s3://bucket"])
+def test_an_output_without_a_name_of_its_own_is_refused(source: Path, out: str) -> None:
+    with pytest.raises(UsageError, match="name a folder to make"):
+        request_of(PrepareConfig(), source, out)
