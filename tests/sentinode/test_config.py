@@ -21,7 +21,7 @@ from sentinode.config import (
     read_yaml_mapping,
     set_by_path,
 )
-from sentinode.config_errors import describe_validation_error
+from sentinode.config.errors import describe_validation_error
 from sentinode.errors import ConfigError, UsageError
 
 VERBS = (PrepareConfig, TrainConfig, EvaluateConfig, PredictConfig, ServeConfig)
@@ -127,7 +127,10 @@ def test_a_wrong_nested_value_is_named_with_its_path() -> None:
         (TrainConfig, {"augment": {"flip": True}}, "augment: flip is already part of dihedral"),
         (TrainConfig, {"workers": [3, 2]}, "min <= max"),
         (TrainConfig, {"std": [0.2, 0, 0.2]}, "std: every value must be above 0"),
-        (TrainConfig, {"use_gpu": False, "precision": "bf16"}, "bf16 needs GPUs"),
+        (TrainConfig, {"use_gpu": False, "precision": "fp16"}, "fp16 needs GPUs"),
+        (TrainConfig, {"use_gpu": False, "sync_batch_norm": True}, "sync_batch_norm needs GPUs"),
+        (TrainConfig, {"unfreeze_depth": 2, "unfreeze_schedule": {3: 2}}, "must go up"),
+        (TrainConfig, {"unfreeze_depth": 0, "unfreeze_schedule": {3: 2, 5: 1}}, "must go up"),
         (PrepareConfig, {"ratios": [0.5, 0.5, 0.5]}, "sum to 1"),
         (PrepareConfig, {"ratios": [0, 0.5, 0.5]}, "train above 0"),
         (PrepareConfig, {"ratios": [1.1, -0.1, 0]}, "sum to 1"),
@@ -298,3 +301,11 @@ def test_errors_of_models_that_are_not_ours_are_described_too() -> None:
     assert describe(inner={"size": 1, "sizes": 2}) == "unknown key inner.sizes; did you mean size?"
     assert describe(inner={}) == "inner.size: missing"
     assert describe(table={"a": {"size": "x"}}).startswith("table.a.size: got 'x', input should be a valid integer")
+
+
+def test_depth_follows_the_unfreeze_schedule() -> None:
+    config = TrainConfig(unfreeze_depth=1, unfreeze_schedule={2: 3, 5: 5})
+    assert [config.depth_at(epoch) for epoch in (0, 1, 2, 4, 5, 9)] == [1, 1, 3, 3, 5, 5]
+    assert config.max_depth == 5
+    # Through JSON, as a run folder and a bundle keep it.
+    assert TrainConfig(**config.model_dump(mode="json")) == config

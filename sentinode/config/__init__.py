@@ -1,0 +1,51 @@
+"""Configuration: one frozen, documented model per verb. A key that is not listed here is an error.
+
+Configurations say *how*; paths (data, out, bundle) are arguments of the verb and say *what*.
+Read with `load_config`: defaults, then a YAML file or preset, then `key=value` settings, the last one winning.
+"""
+
+from sentinode.config.base import Config, Engine, Fraction, Rgb, Seed
+from sentinode.config.errors import describe_validation_error
+from sentinode.config.inference import EvaluateConfig, PredictConfig
+from sentinode.config.loading import ConfigT, load_config, parse_config, read_yaml_mapping
+from sentinode.config.paths import merge, set_by_path
+from sentinode.config.prepare import PrepareConfig
+from sentinode.config.serve import ServeConfig
+from sentinode.config.sweep import DOMAIN_KINDS, AshaConfig, Choice, Domain, Grid, LogUniform, NoScheduler, RandInt, SweepConfig, Uniform
+from sentinode.config.train import IMAGENET_MEAN, IMAGENET_STD, Arch, AugmentConfig, Precision, ReviewRule, TrainConfig
+
+__all__ = [
+    "DOMAIN_KINDS",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Arch",
+    "AshaConfig",
+    "AugmentConfig",
+    "Choice",
+    "Config",
+    "ConfigT",
+    "Domain",
+    "Engine",
+    "EvaluateConfig",
+    "Fraction",
+    "Grid",
+    "LogUniform",
+    "NoScheduler",
+    "Precision",
+    "PredictConfig",
+    "PrepareConfig",
+    "RandInt",
+    "ReviewRule",
+    "Rgb",
+    "Seed",
+    "ServeConfig",
+    "SweepConfig",
+    "TrainConfig",
+    "Uniform",
+    "describe_validation_error",
+    "load_config",
+    "merge",
+    "parse_config",
+    "read_yaml_mapping",
+    "set_by_path",
+]

@@ -1,0 +1,43 @@
+"""How a bundle is evaluated on, or run over, patches."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from sentinode.config.base import Config, Engine, Seed
+
+
+class EvaluateConfig(Config):
+    """How a bundle is evaluated on a prepared data set."""
+
+    split: Literal["train", "val", "test"] = "test"
+    """Which rows. Validation chose epochs, calibration and threshold, so figures on it are optimistic."""
+    engine: Engine = "auto"
+    """What runs the network."""
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    """Patches per step."""
+    workers: Annotated[int, Field(ge=1)] = 1
+    """Inference actors."""
+    cpus_per_worker: Annotated[int, Field(ge=1)] = 1
+    """CPUs reserved for, and torch threads used by, each actor."""
+    use_gpu: Literal["auto"] | bool = "auto"
+    """One GPU per actor; `auto` = where the cluster has enough of them."""
+    bootstrap_samples: Annotated[int, Field(ge=100)] = 1000
+    """Resamples behind each interval."""
+    seed: Seed = 42
+    """Of the bootstrap."""
+
+
+class PredictConfig(Config):
+    """How a bundle is run over a folder of images or a prepared data set."""
+
+    engine: Engine = "auto"
+    """What runs the network."""
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    """Patches per step."""
+    workers: Annotated[int, Field(ge=1)] = 1
+    """Inference actors."""
+    cpus_per_worker: Annotated[int, Field(ge=1)] = 1
+    """CPUs reserved for, and torch threads used by, each actor."""
+    use_gpu: Literal["auto"] | bool = "auto"
+    """One GPU per actor; `auto` = where the cluster has enough of them."""
