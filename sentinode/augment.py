@@ -11,14 +11,17 @@ import torch
 from torch.nn import functional
 
 from sentinode.config import AugmentConfig
+from sentinode.stain import jitter_stains
 
-_DRAWS = 8
+_DRAWS = 16
+# The shift of a stain beside its scaling; 1 would drown haematoxylin in pale tissue, whose optical density is some 0.2.
+_SHIFT_PER_SCALE = 0.2
 # ITU-R BT.601 luma, the grey that torchvision's colour functions use too.
 _LUMA = (0.299, 0.587, 0.114)
 
 
 def draw(seed: int, epoch: int, rows: int) -> torch.Tensor:
-    """Return the random numbers of one epoch: float32 (rows, 8), uniform in [0, 1), on the CPU."""
+    """Return the random numbers of one epoch: float32 (rows, 16), uniform in [0, 1), on the CPU."""
     generator = np.random.default_rng([seed, epoch])
     return torch.from_numpy(generator.random((rows, _DRAWS), dtype=np.float32))
 
@@ -29,7 +32,7 @@ def augment(batch: torch.Tensor, draws: torch.Tensor, config: AugmentConfig) -> 
     Parameters
     ----------
     batch : float tensor, shape (n, 3, side, side), 0..1, RGB
-    draws : float tensor, shape (n, 8), uniform in [0, 1)
+    draws : float tensor, shape (n, 16), uniform in [0, 1)
         The rows of `draw` that belong to these patches, on the same device.
     config : AugmentConfig
 
@@ -44,6 +47,9 @@ def augment(batch: torch.Tensor, draws: torch.Tensor, config: AugmentConfig) -> 
         batch = torch.where((draws[:, 1] < 0.5).view(-1, 1, 1, 1), batch.flip(2), batch)
     if config.rotation_deg:
         batch = rotate(batch, (draws[:, 2] * 2 - 1) * math.radians(config.rotation_deg))
+    if config.stain_jitter:
+        stains = config.stain_jitter * (draws[:, 7:13] * 2 - 1)
+        batch = jitter_stains(batch, 1 + stains[:, :3], _SHIFT_PER_SCALE * stains[:, 3:])
     if config.colour_jitter or config.hue_jitter:
         spread = config.colour_jitter
         brightness, contrast, saturation = (1 + spread * (draws[:, k] * 2 - 1) for k in (3, 4, 5))

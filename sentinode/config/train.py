@@ -31,7 +31,7 @@ class AugmentConfig(Config):
     hue_jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.02
     """Hue is turned by up to this part of a full circle either way."""
     stain_jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Haematoxylin, eosin and residual (HED space) are each scaled by a factor in 1 +- this and shifted by up to a fifth of it."""
+    """Haematoxylin, eosin and residual are each scaled by a factor in 1 +- this and shifted by up to a fifth of it (optical density); glass stays."""
     blur_sigma_px: Annotated[float, Field(ge=0, le=5)] = 0.0
     """Half of the patches are blurred by a Gaussian of up to this standard deviation, in pixels of the patch."""
     jpeg_quality: Annotated[int, Field(ge=10, le=100)] | None = None

@@ -14,7 +14,7 @@ from sentinode.preprocess import to_unit_nchw
 from tests.factories import random_patches
 
 SEED_PRESET = AugmentConfig(dihedral=False, flip=True, rotation_deg=15, colour_jitter=0.3, hue_jitter=0)
-EVERYTHING = AugmentConfig(rotation_deg=15, colour_jitter=0.3, hue_jitter=0.1)
+EVERYTHING = AugmentConfig(rotation_deg=15, colour_jitter=0.3, hue_jitter=0.1, stain_jitter=0.2)
 NOTHING = AugmentConfig(dihedral=False, colour_jitter=0, hue_jitter=0)
 
 
@@ -65,7 +65,7 @@ def test_all_eight_symmetries_come_up_equally_often() -> None:
 
 def test_draws_depend_on_seed_epoch_and_row_only() -> None:
     draws = draw(7, 3, 100)
-    assert draws.shape == (100, 8)
+    assert draws.shape == (100, 16)
     assert draws.min() >= 0
     assert draws.max() < 1
     assert torch.equal(draws, draw(7, 3, 100))
@@ -163,7 +163,7 @@ def test_no_rotation_changes_nothing_and_rotations_stay_within_their_bound() -> 
     batch = patches(3)
     torch.testing.assert_close(rotate(batch, torch.zeros(3)), batch, atol=1e-5, rtol=0)
     config = AugmentConfig(dihedral=False, rotation_deg=15, colour_jitter=0, hue_jitter=0)
-    extremes = torch.zeros(2, 8)
+    extremes = torch.zeros(2, 16)
     extremes[1, 2] = 1
     bound = torch.tensor([-math.radians(15), math.radians(15)])
     torch.testing.assert_close(augment(batch[:2], extremes, config), rotate(batch[:2], bound))
