@@ -1,4 +1,4 @@
-"""The network: construction, initial weights, and which of its stages train."""
+"""The network: construction and initial weights. Its stages are in `sentinode.encoders`."""
 
 import struct
 from http.client import HTTPException
@@ -11,11 +11,10 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision import models
 
+from sentinode.encoders import set_unfreeze_depth as set_unfreeze_depth
+from sentinode.encoders import train_mode as train_mode
 from sentinode.errors import ConfigError, UsageError
 from sentinode.storage import local_path, sha256_file
-
-STAGES = (("fc",), ("layer4",), ("layer3",), ("layer2",), ("layer1",), ("conv1", "bn1"))
-"""Modules of a torchvision ResNet that `unfreeze_depth` d adds at index d, from the head to the stem."""
 
 _ARCHITECTURES = {
     "resnet18": (models.resnet18, models.ResNet18_Weights.IMAGENET1K_V1),
@@ -121,33 +120,6 @@ def _load_trunk(model: nn.Module, state: dict[str, torch.Tensor], source: str) -
         model.load_state_dict(usable, strict=False)
     except RuntimeError as error:
         raise UsageError(f"weights {source}: some tensors cannot be copied, sparse or quantised ones for instance") from error
-
-
-def set_unfreeze_depth(model: nn.Module, depth: int) -> None:
-    """Let the head and `depth` more stages train; freeze the rest. Any order, repeatable.
-
-    Call `train_mode` afterwards: frozen stages stay in eval mode, so that their BatchNorm statistics do not drift.
-
-    Raises
-    ------
-    ConfigError
-        `depth` is not 0..5.
-    """
-    if not 0 <= depth < len(STAGES):
-        raise ConfigError(f"unfreeze_depth: got {depth}, expected 0 to {len(STAGES) - 1}")
-    for index, names in enumerate(STAGES):
-        for name in names:
-            for parameter in model.get_submodule(name).parameters():
-                parameter.requires_grad_(index <= depth)
-
-
-def train_mode(model: nn.Module) -> None:
-    """Put stages that train into train mode and frozen ones into eval mode."""
-    model.eval()
-    for names in STAGES:
-        for name in names:
-            stage = model.get_submodule(name)
-            stage.train(any(parameter.requires_grad for parameter in stage.parameters()))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -14,8 +14,11 @@ from torchvision import models
 
 from sentinode import model as model_module
 from sentinode.errors import ConfigError, UsageError
-from sentinode.model import STAGES, build_model, count_parameters, set_unfreeze_depth, state_for_storage, train_mode
+from sentinode.model import build_model, count_parameters, set_unfreeze_depth, state_for_storage, train_mode
 from tests.factories import make_bundle
+
+STAGES = (("fc",), ("layer4",), ("layer3",), ("layer2",), ("layer1",), ("conv1", "bn1"))
+"""Modules of a torchvision ResNet that `unfreeze_depth` d adds at index d, from the head to the stem."""
 
 
 @pytest.fixture(scope="module")

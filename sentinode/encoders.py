@@ -1,0 +1,157 @@
+"""Encoders: how each network falls into a stem, four stages and a head, so that `unfreeze_depth` means the same for all of them."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision import models
+
+from sentinode.errors import ConfigError
+
+STAGE_COUNT = 6
+"""Stem, four stages, head."""
+
+
+def stages_of(model: nn.Module, *, dropout: float = 0.0) -> list[nn.Module]:
+    """Cut a network into six modules: the stem first, then four stages, the head last.
+
+    Applied in order they compute what `model` computes. They share its parameters, each of which is in exactly one of them; their own
+    state dicts have other names than the model's, which is what is stored.
+
+    Parameters
+    ----------
+    model : nn.Module
+        What `build_model` returns, or another network of a class that it can build.
+    dropout : float
+        Share of the features before the last linear layer that the head sets to zero in train mode; 0 leaves what the encoder has of its own.
+
+    Raises
+    ------
+    ConfigError
+        The network is of a class whose stages are not known.
+    """
+    cut = next((cut for kind, cut in _CUTS.items() if type(model) is kind), None)
+    if cut is None:
+        raise ConfigError(f"arch: {type(model).__name__} is a network whose stages are not known")
+    *body, head = cut(model)
+    return [*(nn.Sequential(*parts) for parts in body), _head(head, dropout)]
+
+
+def set_unfreeze_depth(model: nn.Module, depth: int) -> None:
+    """Let the head and `depth` more stages train; freeze the rest. Any order, repeatable.
+
+    Frozen stages belong into eval mode, so that their BatchNorm statistics do not drift: `train_mode`, or the trunk of `split_at`.
+
+    Raises
+    ------
+    ConfigError
+        `depth` is not 0..5.
+    """
+    _check_depth(depth)
+    for index, stage in enumerate(reversed(stages_of(model))):
+        stage.requires_grad_(index <= depth)
+
+
+def train_mode(model: nn.Module) -> None:
+    """Put stages that train into train mode and frozen ones into eval mode."""
+    model.eval()
+    for stage in stages_of(model):
+        stage.train(any(parameter.requires_grad for parameter in stage.parameters()))
+
+
+def split_at(model: nn.Module, depth: int, *, dropout: float = 0.0) -> tuple[nn.Module | None, nn.Module]:
+    """Return what is frozen at an unfreeze depth, in eval mode, and what trains, in train mode; the first is None at depth 5.
+
+    `tail(trunk(x))` computes what `model(x)` computes. Both share the model's parameters, whose `requires_grad` is set here.
+
+    Raises
+    ------
+    ConfigError
+        `depth` is not 0..5.
+    """
+    set_unfreeze_depth(model, depth)
+    stages = stages_of(model, dropout=dropout)
+    cut = STAGE_COUNT - 1 - depth
+    trunk = nn.Sequential(*stages[:cut]).eval() if cut else None
+    return trunk, nn.Sequential(*stages[cut:]).train()
+
+
+def fast_trunk(trunk: nn.Module) -> nn.Module:
+    """Return a copy of a frozen trunk that computes the same, within rounding, and fast.
+
+    It is in eval mode, records nothing for autograd (its outputs are ordinary tensors, good as inputs of a tail that trains), has
+    BatchNorm folded into the convolutions before it, and keeps convolutions in the memory format channels_last, which is what it returns.
+    It does not follow later changes of `trunk`.
+    """
+    return _Frozen(_fold_batch_norm(copy.deepcopy(trunk).eval()))
+
+
+class _Frozen(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def train(self, mode: bool = True) -> "_Frozen":
+        return super().train(False)
+
+    # Not inference_mode: autograd refuses its tensors as inputs of a layer that trains. The two are equally fast here.
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return cast(torch.Tensor, self.network(x.contiguous(memory_format=torch.channels_last)))
+
+
+def _fold_batch_norm(network: nn.Module) -> nn.Module:
+    """Fold each BatchNorm whose input is a convolution's output, used nowhere else, into that convolution."""
+    if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        return network
+    try:
+        graph = fx.symbolic_trace(network)
+    except (fx.proxy.TraceError, TypeError, ValueError):
+        return network  # its forward decides by values, which a graph cannot
+    modules = dict(graph.named_modules())
+    for node in list(graph.graph.nodes):
+        before = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
+            continue
+        convolution, norm = modules[str(before.target)], modules[str(node.target)]
+        if type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
+            graph.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
+            node.replace_all_uses_with(before)
+            graph.graph.erase_node(node)
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+    return graph
+
+
+def _check_depth(depth: int) -> None:
+    if not 0 <= depth < STAGE_COUNT:
+        raise ConfigError(f"unfreeze_depth: got {depth}, expected 0 to {STAGE_COUNT - 1}")
+
+
+def _head(parts: Sequence[nn.Module], dropout: float) -> nn.Module:
+    """Put `dropout` before the layer that holds the head's weights, in the place of the encoder's own."""
+    if dropout == 0:
+        return nn.Sequential(*parts)
+    rest = [part for part in parts if not isinstance(part, nn.Dropout)]
+    last = next(index for index, part in enumerate(rest) if any(True for _ in part.parameters()))
+    return nn.Sequential(*rest[:last], nn.Dropout(dropout), *rest[last:])
+
+
+def _resnet(model: Any) -> list[list[nn.Module]]:
+    return [
+        [model.conv1, model.bn1, model.relu, model.maxpool],
+        [model.layer1],
+        [model.layer2],
+        [model.layer3],
+        [model.layer4],
+        [model.avgpool, nn.Flatten(), model.fc],
+    ]
+
+
+_CUTS: dict[type[nn.Module], Callable[[Any], list[list[nn.Module]]]] = {
+    models.ResNet: _resnet,
+}
+"""Model class -> its six stages, each a list of modules that are applied in order; the last one holds one layer with weights alone."""
