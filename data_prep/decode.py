@@ -1,7 +1,7 @@
 """Decoding one block of inputs: what a Ray Data task of prepare does. Pixels go to disk, only figures about them are kept."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,9 @@ import pyarrow.parquet as pq
 from data_prep.anchors import Anchors
 from data_prep.rejects import Reject, RejectReason
 from data_prep.sources.base import ENTRY_SCHEMA, Reader, Unread
-from data_prep.spool import Spool, anchors_path, checksums, metadata_path, pixels_path
+from data_prep.spool import Spool, anchors_path, checksums, metadata_path, pixels_path, save_array, write_whole
 from sentinode.errors import PatchError, PatchErrorCode
 from sentinode.images import UInt8Array, decode_patch
-from sentinode.storage import temporary_name
 from sentinode.tissue import BLACK_MAX, WHITE_MIN, is_tissue
 
 _TRIPLE = pa.list_(pa.int64(), 3)
@@ -85,12 +84,11 @@ def decode_block(block: int, entries: pa.Table, reader: Reader, work: Path, size
                 if collected is not None:
                     collected.add(images)
 
-    _write(pixels_path(work, block), decode_into)
+    write_whole(pixels_path(work, block), decode_into)
     if collected is not None:
-        anchors = collected.result()
-        _write(anchors_path(work, block), lambda temporary: _save_npy(temporary, anchors))
+        save_array(anchors_path(work, block), collected.result())
     table = _table(entries, figures, reasons, details)
-    _write(metadata_path(work, block), lambda temporary: pq.write_table(table, temporary))
+    write_whole(metadata_path(work, block), lambda temporary: pq.write_table(table, temporary))
 
 
 def _without_blank(images: UInt8Array, figures: "Figures", reasons: list[str | None], details: list[str | None]) -> tuple[UInt8Array, "Figures"]:
@@ -232,19 +230,3 @@ def _table(entries: pa.Table, parts: list[Figures], reasons: list[str | None], d
 
 def _joined(parts: Sequence[npt.NDArray[Any]], kind: pa.DataType) -> pa.Array:
     return pa.array(np.concatenate(parts).ravel() if parts else [], kind)
-
-
-def _save_npy(path: Path, array: npt.NDArray[np.uint64]) -> None:
-    with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.write(array.data)
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, then rename it: a file under its own name is whole."""
-    temporary = temporary_name(path)
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

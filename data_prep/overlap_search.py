@@ -15,9 +15,8 @@ import numpy as np
 
 from data_prep.anchors import UInt64Array, guards_of, places_of
 from data_prep.overlap import Overlaps, Packing, empty_memory, join, sifted, unique, verify
-from data_prep.spool import Spool, anchors_path
+from data_prep.spool import Spool, anchors_path, save_array
 from data_prep.tasks import Progress, run_tasks
-from sentinode.storage import temporary_name
 
 _ANCHORS_PER_PART = 1 << 23  # 10,000 patches of 96 px: seconds of work
 _ANCHORS_PER_RANGE = 1 << 19  # what is joined at a time: some 40 MB
@@ -78,7 +77,7 @@ def _run(
 ) -> None:
     """Make the files that are missing."""
     missing = [{**arguments, "out": str(file)} for file, arguments in zip(files, arguments, strict=True) if not file.exists()]
-    run_tasks(stage, function, missing, progress, workers=workers, unit="parts", done=len(files) - len(missing))
+    run_tasks(stage, function, missing, progress, where=files[0].parent, workers=workers, unit="parts", done=len(files) - len(missing))
 
 
 def _candidates_task(spool: dict[str, Any], part: int, part_bits: int, out: str) -> int:
@@ -86,7 +85,7 @@ def _candidates_task(spool: dict[str, Any], part: int, part_bits: int, out: str)
     pixels = Spool.from_json(spool)
     sources = [anchors_path(Path(out).parent, block) for block in range(len(pixels.rows))]
     found = candidates(pixels, sources, part, part_bits)
-    _save(Path(out), found)
+    save_array(Path(out), found)
     return len(found)
 
 
@@ -150,7 +149,7 @@ def _verify_task(spool: dict[str, Any], sources: list[str], low: int, high: int,
     """Compare the pixels of the candidates from `low` to below `high`."""
     pixels = Spool.from_json(spool)
     found = overlaps(pixels, [Path(source) for source in sources], low, high)
-    _save(Path(out), found)
+    save_array(Path(out), found)
     return len(found)
 
 
@@ -172,14 +171,3 @@ def _cuts(files: Sequence[Path]) -> list[int]:
     pieces = max(1, -(-total // _CANDIDATES_PER_VERIFY))
     inner = np.unique(sample[np.arange(1, pieces) * len(sample) // pieces])
     return [0, *inner.tolist(), 2**64 - 1]
-
-
-def _save(file: Path, packed: UInt64Array) -> None:
-    """Write an array so that the file is complete or does not exist."""
-    temporary = temporary_name(file)
-    try:
-        with temporary.open("wb") as handle:
-            np.save(handle, packed)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -43,7 +43,7 @@ from data_prep.sources.base import Source
 from data_prep.sources.detect import reader_of
 from data_prep.sources.unpack import unpack
 from data_prep.splits import Dealt, deal, deal_folds
-from data_prep.spool import IntArray, Spool
+from data_prep.spool import IntArray, Spool, write_whole
 from data_prep.tasks import Progress, run_tasks, what_failed
 from sentinode.config import PrepareConfig
 from sentinode.dataset import fingerprint
@@ -98,17 +98,17 @@ def prepare(request: PrepareRequest, *, progress: Progress | None = None) -> Pre
         # Asked again: another process may have finished it between the first look and the lock.
         if is_complete(request):
             return PrepareResult(out, read_dataset_manifest(out), already_complete=True)
-        if not _is_finished(request):
-            try:
+        try:
+            if not _is_finished(request):
                 root = _open_staging(request)
                 note_found(request.data, out, "dataset.json")
                 _work(request, root, progress or _silent)
-            except OSError as error:
-                raise SentinodeError(f"prepare failed: {what_failed(error)}") from error
-        manifest = read_dataset_manifest(request.data)
-        if not out.is_local:
-            _upload(manifest, request, progress or _silent)
-        publish(request.data, out, "dataset.json", replace=request.overwrite)
+            manifest = read_dataset_manifest(request.data)
+            if not out.is_local:
+                _upload(manifest, request, progress or _silent)
+            publish(request.data, out, "dataset.json", replace=request.overwrite)
+        except OSError as error:
+            raise SentinodeError(f"prepare failed: {what_failed(error, staging)}") from error
         shutil.rmtree(staging, ignore_errors=True)
         rejected_at(out).remove()
     return PrepareResult(out, manifest, already_complete=False)
@@ -160,7 +160,7 @@ def _upload(manifest: DatasetManifest, request: PrepareRequest, progress: Progre
     common = {"staging": str(request.data), "out": str(request.out), "root": manifest.root}
     tasks = [{"name": record.path, **common} for record in records]
     weights = [-(-record.bytes // 1_000_000) for record in records]
-    run_tasks("upload", _upload_task, tasks, progress, workers=request.config.workers, weights=weights, unit="MB")
+    run_tasks("upload", _upload_task, tasks, progress, where=request.data, workers=request.config.workers, weights=weights, unit="MB")
 
 
 def _upload_task(name: str, staging: str, out: str, root: str) -> None:
@@ -193,12 +193,12 @@ def _work(request: PrepareRequest, root: str, progress: Progress) -> None:
     placed = place(patches, grouping.groups, dealt.split, dealt.fold, config.seed, config.rows_per_shard)
     shards = _write_shards(placed, spool, config, work, data, progress)
     index = index_of(placed)
-    pq.write_table(index, data / "index.parquet", compression="zstd")
+    write_whole(data / "index.parquet", partial(pq.write_table, index, compression="zstd"))
     refused = rejects_table(rejects)
-    pq.write_table(refused, data / "rejected.parquet")
+    write_whole(data / "rejected.parquet", partial(pq.write_table, refused))
     names = ["index.parquet", "rejected.parquet"]
     if grouping.overlaps is not None:
-        pq.write_table(grouping.overlaps, data / "overlaps.parquet", compression="zstd")
+        write_whole(data / "overlaps.parquet", partial(pq.write_table, grouping.overlaps, compression="zstd"))
         names.append("overlaps.parquet")
     counts = count_splits(placed)
     mean, std = channel_statistics(placed, config.patch_size_px)
@@ -236,13 +236,11 @@ def _decode(source: Source, config: PrepareConfig, work: Path, progress: Progres
     counts = [min(rows, len(entries) - start) for start in range(0, len(entries), rows)]
     listed = work / "entries.parquet"
     if not listed.exists():
-        temporary = listed.with_name(".entries.parquet.tmp")
-        pq.write_table(entries, temporary, row_group_size=rows)
-        temporary.replace(listed)
+        write_whole(listed, partial(pq.write_table, entries, row_group_size=rows))
     missing = [block for block, count in enumerate(counts) if not is_block_complete(work, block, size, count, with_anchors=with_anchors)]
     tasks = [{"block": block, "reader": dict(source.reader), "work": str(work), "size_px": size, "with_anchors": with_anchors} for block in missing]
     weights = [counts[block] for block in missing]
-    run_tasks("decode", _decode_task, tasks, progress, workers=config.workers, weights=weights, done=len(entries) - sum(weights))
+    run_tasks("decode", _decode_task, tasks, progress, where=work, workers=config.workers, weights=weights, done=len(entries) - sum(weights))
     return read_blocks(work, len(counts), size)
 
 
@@ -298,10 +296,7 @@ def _write_shards(placed: pa.Table, spool: Spool, config: PrepareConfig, work: P
         # An interrupted run may have had other shards: an input that could not be read then has changed the counts.
         if path.relative_to(data).as_posix() not in names:
             path.unlink()
-    plan = work / "plan.parquet"
-    with pq.ParquetWriter(plan, placed.select(PLAN_COLUMNS).schema) as writer:  # one row group a shard
-        for start, count in zip(starts, counts, strict=True):
-            writer.write_table(placed.select(PLAN_COLUMNS).slice(start, count), row_group_size=count)
+    write_whole(work / "plan.parquet", partial(_write_plan, placed.select(PLAN_COLUMNS), starts, counts))
     tasks = [
         {
             "number": number,
@@ -314,8 +309,14 @@ def _write_shards(placed: pa.Table, spool: Spool, config: PrepareConfig, work: P
         }
         for number, name in enumerate(names)
     ]
-    records = run_tasks("write", _shard_task, tasks, progress, workers=config.workers, weights=counts)
+    records = run_tasks("write", _shard_task, tasks, progress, where=data, workers=config.workers, weights=counts)
     return [ShardRecord(**record, split=name.partition("/")[0], rows=count) for name, count, record in zip(names, counts, records, strict=True)]
+
+
+def _write_plan(rows: pa.Table, starts: Sequence[int], counts: Sequence[int], path: Path) -> None:
+    with pq.ParquetWriter(path, rows.schema) as writer:  # one row group a shard
+        for start, count in zip(starts, counts, strict=True):
+            writer.write_table(rows.slice(start, count), row_group_size=count)
 
 
 def _runs(column: pa.ChunkedArray) -> tuple[list[str], list[int], list[int]]:

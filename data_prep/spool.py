@@ -1,6 +1,6 @@
 """Decoded pixels on disk between the stages: one raw file of uint8 per decode block, read through memory maps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sentinode.images import UInt8Array
+from sentinode.storage import temporary_name
 
 IntArray = npt.NDArray[np.int64]
 
@@ -26,6 +27,28 @@ def anchors_path(work: Path, block: int) -> Path:
 def metadata_path(work: Path, block: int) -> Path:
     """Parquet file with one row per input of a block (`decode.DECODED_SCHEMA`); written last, so its presence says that the block is complete."""
     return work / f"block-{block:05d}.parquet"
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file, then rename it: a file under its own name is whole."""
+    temporary = temporary_name(path)
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_array(path: Path, array: npt.NDArray[np.uint64]) -> None:
+    """Write an array as .npy, whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+            # Not np.save: its error on a full disk ("300 requested and 62 written") does not say that the disk is full.
+            file.write(np.ascontiguousarray(array).data)
+
+    write_whole(path, write)
 
 
 def checksums(images: UInt8Array) -> npt.NDArray[np.uint64]:

@@ -2,8 +2,10 @@
 
 import errno
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -21,6 +23,11 @@ class Progress(Protocol):
         """`done` of `total` units; a stage begins with what an earlier run has done."""
 
 
+_ADVICE = {
+    errno.ENOSPC: "make room on that disk",
+    errno.EDQUOT: "make room there",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f, or the file system's own)",
+}
 _RESULT_SCHEMA = pa.schema([("number", pa.int64()), ("result", pa.string()), ("error", pa.string())])
 
 
@@ -30,6 +37,7 @@ def run_tasks(
     work: Sequence[dict[str, Any]],
     progress: Progress,
     *,
+    where: Path,
     workers: int | None = None,
     weights: Sequence[int] | None = None,
     unit: str = "patches",
@@ -46,6 +54,8 @@ def run_tasks(
     work : sequence of dict
         Keyword arguments of each call.
     progress : Progress
+    where : Path
+        Folder that the calls write to, for errors that do not name it.
     workers : int, optional
         Calls that run at a time, one CPU each; default as many as the cluster has CPUs.
     weights : sequence of int, optional
@@ -79,7 +89,7 @@ def run_tasks(
             batch_format="pyarrow",
             compute=ray.data.TaskPoolStrategy(size=workers),
             num_cpus=1,
-            fn_kwargs={"function": function},
+            fn_kwargs={"function": function, "where": str(where)},
         )
         try:
             for row in dataset.iter_rows():
@@ -97,7 +107,7 @@ def run_tasks(
     return results
 
 
-def _call(batch: pa.Table, function: Callable[..., Any]) -> pa.Table:
+def _call(batch: pa.Table, function: Callable[..., Any], where: str) -> pa.Table:
     """Run the calls of one batch. Failures that have a clear line of their own travel as data: raised, Ray would bury them in a traceback."""
     rows = []
     for number, item in zip(batch["number"].to_pylist(), batch["arguments"].to_pylist(), strict=True):
@@ -107,15 +117,18 @@ def _call(batch: pa.Table, function: Callable[..., Any]) -> pa.Table:
         except SentinodeError as error:
             failure = str(error)
         except OSError as error:
-            failure = what_failed(error)
+            failure = what_failed(error, where)
         rows.append({"number": number, "result": result, "error": failure})
     return pa.Table.from_pylist(rows, schema=_RESULT_SCHEMA)
 
 
-def what_failed(error: OSError) -> str:
-    """Return an error of the operating system as the end of one line, with what to do about a full disk."""
-    text = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
-    return text + ("; make room and run the same command again, it continues" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "")
+def what_failed(error: OSError, where: str | os.PathLike[str]) -> str:
+    """Return an error of the operating system as the end of one line, with what to do where the disk of `where` takes no more."""
+    advice = _ADVICE.get(error.errno or 0)
+    if advice is None:
+        return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+    # What was opened already is written to without its name, and pyarrow has words of its own.
+    return f"{os.strerror(error.errno or 0)} ({error.filename or where}); {advice} and run the same command again, it continues"
 
 
 @contextmanager

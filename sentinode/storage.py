@@ -3,6 +3,7 @@
 What may lie in an object store as well passes `sentinode.locations.locate` and `sentinode.publishing`; what must be local passes `local_path`.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sentinode.errors import ConfigError, ManifestError, ManifestNotFoundError, UsageError
+from sentinode.errors import ConfigError, ManifestError, ManifestNotFoundError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from sentinode.locations import Location
@@ -53,7 +54,9 @@ def exclusive(out: Path) -> Iterator[None]:
     Raises
     ------
     UsageError
-        Another process is writing the same output.
+        Another process is writing the same output, or this one may not.
+    StorageError
+        Its disk is full.
     """
     if out.name in ("", ".."):
         raise UsageError(f"{out}: name the folder to make")
@@ -62,6 +65,8 @@ def exclusive(out: Path) -> Iterator[None]:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock = path.open("w")
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(f"{out}: cannot be written ({error.strerror}); make room there and run the same command again") from error
         raise UsageError(f"{out}: cannot be written ({error.strerror})") from error
     with lock:
         try:

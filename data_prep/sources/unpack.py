@@ -14,6 +14,7 @@ from data_prep.sources.base import Source
 from data_prep.sources.hdf5 import PATCH_BYTES, check_pixels, hdf5_spec, open_hdf5
 from sentinode.errors import SentinodeError, UsageError
 from sentinode.locations import Location
+from sentinode.storage import temporary_name
 
 _BLOCK_BYTES = 8 << 20
 
@@ -37,7 +38,9 @@ def unpack(source: Source, work: Path, progress: Callable[[str, int, int], None]
     Raises
     ------
     UsageError
-        A file is damaged or does not fit its labels, or there is not enough space.
+        A file is damaged or does not fit its labels.
+    SentinodeError
+        There is not enough space, or the system cannot read or write.
     """
     packed: dict[str, int] = dict(source.reader.get("packed") or {})
     if not packed:
@@ -47,7 +50,7 @@ def unpack(source: Source, work: Path, progress: Callable[[str, int, int], None]
     waiting = {name: rows for name, rows in packed.items() if not (work / name.removesuffix(".gz")).exists()}
     needed, free = sum(waiting.values()) * PATCH_BYTES, shutil.disk_usage(work).free
     if needed > free:
-        raise UsageError(
+        raise SentinodeError(
             f"{work}: {needed / 1e9:.1f} GB are needed to unpack {', '.join(waiting)}, {free / 1e9:.1f} GB are free; make room, "
             f"or put the files unpacked (gunzip) into {folder}"
         )
@@ -65,7 +68,7 @@ def _report(progress: Callable[[str, int, int], None], before: int, total: int, 
 
 
 def _unpack_one(packed: Location, rows: int, target: Path, report: Callable[[int], None]) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(target)
     try:
         with packed.open_input() as raw, gzip.GzipFile(fileobj=raw) as content, temporary.open("wb") as file:
             while block := content.read(_BLOCK_BYTES):
@@ -80,7 +83,7 @@ def _unpack_one(packed: Location, rows: int, target: Path, report: Callable[[int
         raise UsageError(f"{packed}: damaged gzip file ({error}); download it again") from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise UsageError(f"{target.parent}: no space left for unpacking {packed.name}; make room and repeat the command") from error
+            raise SentinodeError(f"{target.parent}: no space left for unpacking {packed.name}; make room and run the same command again") from error
         raise SentinodeError(f"{packed}: cannot be unpacked to {target.parent} ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -260,9 +260,9 @@ def test_pixels_that_change_on_disk_after_decoding_stop_the_run(source: Path, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_a_mistake_inside_a_task_is_named_in_one_line() -> None:
+def test_a_mistake_inside_a_task_is_named_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(SentinodeError, match=r"^stage failed: ZeroDivisionError: a mistake in the program$"):
-        run_tasks("stage", broken_task, [{}], Recorder())
+        run_tasks("stage", broken_task, [{}], Recorder(), where=tmp_path)
 
 
 def test_an_input_that_becomes_readable_between_two_runs_is_searched_for_overlaps_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

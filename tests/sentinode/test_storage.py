@@ -1,5 +1,6 @@
 """A folder is complete or does not exist, and one process at a time makes it."""
 
+import errno
 import fcntl
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from sentinode import storage
-from sentinode.errors import ConfigError, ManifestError, ManifestNotFoundError, UsageError
+from sentinode.errors import ConfigError, ManifestError, ManifestNotFoundError, StorageError, UsageError
 from sentinode.storage import (
     canonical_json,
     exclusive,
@@ -151,6 +152,17 @@ def test_an_output_below_a_file_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"), exclusive(tmp_path / "file" / "out"):
         pytest.fail("locked")
+
+
+def test_a_full_disk_is_no_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, *arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "open", full)
+    message = r"out: cannot be written \(No space left on device\); make room there and run the same command again"
+    with pytest.raises(StorageError, match=message) as caught, exclusive(tmp_path / "out"):
+        pytest.fail("locked")
+    assert caught.value.exit_code == 1
 
 
 def test_publishing_replaces_the_whole_folder(tmp_path: Path) -> None:

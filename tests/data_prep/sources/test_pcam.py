@@ -155,8 +155,26 @@ def test_a_damaged_archive_is_named(source: Path, tmp_path: Path) -> None:
 def test_too_little_space_is_said_before_unpacking(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_part(source, "train", 5, packed=True)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
-    with pytest.raises(UsageError, match=r"0.0 GB are needed to unpack .*train_x.h5.gz, 0.0 GB are free; make room, or put the files unpacked"):
+    with pytest.raises(
+        SentinodeError, match=r"0.0 GB are needed to unpack .*train_x.h5.gz, 0.0 GB are free; make room, or put the files unpacked"
+    ) as caught:
         unpack(opened(source), tmp_path / "work", no_progress)
+    assert caught.value.exit_code == 1
+
+
+def test_a_disk_that_is_full_while_unpacking_is_no_wrong_use(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_part(source, "train", 5, packed=True)
+
+    def full(path: Path) -> Path:
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.symlink_to("/dev/full")
+        return temporary
+
+    monkeypatch.setattr("data_prep.sources.unpack.temporary_name", full)
+    with pytest.raises(SentinodeError, match=rf"^{tmp_path}/work: no space left for unpacking {STEM}train_x.h5.gz; make room and run") as caught:
+        unpack(opened(source), tmp_path / "work", no_progress)
+    assert caught.value.exit_code == 1
+    assert list((tmp_path / "work").iterdir()) == []
 
 
 def rewrite(path: Path, **datasets: np.ndarray) -> None:
