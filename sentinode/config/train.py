@@ -33,9 +33,9 @@ class AugmentConfig(Config):
     stain_jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Haematoxylin, eosin and residual are each scaled by a factor in 1 +- this and shifted by up to a fifth of it (optical density); glass stays."""
     blur_sigma_px: Annotated[float, Field(ge=0, le=5)] = 0.0
-    """Half of the patches are blurred by a Gaussian of up to this standard deviation, in pixels of the patch."""
+    """Half of the patches are blurred by a Gaussian whose standard deviation is even between 0 and this, in pixels of the patch."""
     jpeg_quality: Annotated[int, Field(ge=10, le=100)] | None = None
-    """Half of the patches are compressed as JPEG does, at a quality between this and 100; null for none."""
+    """Half of the patches are what JPEG (4:2:0) leaves of them, at a quality even between this and 100; null for none."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

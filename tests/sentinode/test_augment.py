@@ -7,15 +7,34 @@ import math
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2.functional import gaussian_blur
 
-from sentinode.augment import augment, dihedral, draw, jitter_colours, rotate
+from sentinode.augment import augment, blur, dihedral, draw, jitter_colours, rotate
 from sentinode.config import AugmentConfig
+from sentinode.jpeg import compress
 from sentinode.preprocess import to_unit_nchw
 from tests.factories import random_patches
 
 SEED_PRESET = AugmentConfig(dihedral=False, flip=True, rotation_deg=15, colour_jitter=0.3, hue_jitter=0)
-EVERYTHING = AugmentConfig(rotation_deg=15, colour_jitter=0.3, hue_jitter=0.1, stain_jitter=0.2)
+NO_JPEG = AugmentConfig(rotation_deg=15, colour_jitter=0.3, hue_jitter=0.1, stain_jitter=0.2, blur_sigma_px=1.5)
+EVERYTHING = NO_JPEG.model_copy(update={"jpeg_quality": 40})
 NOTHING = AugmentConfig(dihedral=False, colour_jitter=0, hue_jitter=0)
+
+
+def only(**changes: object) -> AugmentConfig:
+    return NOTHING.model_copy(update=changes)
+
+
+# One of each kind that training may ask for, at a strength that is easily seen.
+SINGLE = {
+    "dihedral": only(dihedral=True),
+    "flip": only(flip=True),
+    "rotation": only(rotation_deg=15),
+    "colours": only(colour_jitter=0.3, hue_jitter=0.1),
+    "stains": only(stain_jitter=0.3),
+    "blur": only(blur_sigma_px=2),
+    "jpeg": only(jpeg_quality=40),
+}
 
 
 def patches(count: int, side_px: int = 96) -> torch.Tensor:
@@ -75,15 +94,72 @@ def test_draws_depend_on_seed_epoch_and_row_only() -> None:
     assert len(torch.unique(draws, dim=0)) == 100
 
 
-@pytest.mark.parametrize("config", [AugmentConfig(), SEED_PRESET, EVERYTHING], ids=["default", "seed", "everything"])
+@pytest.mark.parametrize("config", [*SINGLE.values(), SEED_PRESET, NO_JPEG], ids=[*SINGLE, "seed", "all but jpeg"])
 def test_a_row_looks_the_same_whatever_batch_it_falls_into(config: AugmentConfig) -> None:
-    batch, draws = patches(12), draw(1, 2, 12)
+    batch, draws = patches(37, 64), draw(1, 2, 37)
     together = augment(batch, draws, config)
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(37, generator=torch.Generator().manual_seed(0))
     shuffled = augment(batch[order], draws[order], config)
-    alone = torch.cat([augment(batch[row : row + 1], draws[row : row + 1], config) for row in range(12)])
-    torch.testing.assert_close(shuffled, together[order], atol=1e-6, rtol=0)
-    torch.testing.assert_close(alone, together, atol=1e-6, rtol=0)
+    alone = torch.cat([augment(batch[row : row + 1], draws[row : row + 1], config) for row in range(37)])
+    if config in [SINGLE[name] for name in ("dihedral", "flip", "blur")]:
+        assert torch.equal(shuffled, together[order])
+        assert torch.equal(alone, together)
+    else:
+        torch.testing.assert_close(shuffled, together[order], atol=1e-6, rtol=0)
+        torch.testing.assert_close(alone, together, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_row_looks_the_same_on_whatever_rank_it_falls(ranks: int) -> None:
+    images = torch.from_numpy(random_patches(41, side_px=64))
+    order = torch.randperm(41, generator=torch.Generator().manual_seed(1))
+    whole = augment(to_unit_nchw(images), draw(5, 4, 41), EVERYTHING)
+    for piece in order.tensor_split(ranks):
+        for rows in piece.split(5):
+            mine = augment(to_unit_nchw(images[rows]), draw(5, 4, 41)[rows], EVERYTHING)
+            # A rounding of JPEG may fall the other way if a bit before it differs.
+            assert (mine - whole[rows]).abs().mean() < 1e-4
+
+
+@pytest.mark.parametrize("config", SINGLE.values(), ids=SINGLE)
+def test_nothing_moves_the_centre(config: AugmentConfig) -> None:
+    batch = torch.tensor([0.85, 0.7, 0.8]).view(1, 3, 1, 1).repeat(64, 1, 96, 96)
+    batch[..., 32:64, 32:64] *= torch.tensor([0.5, 0.3, 0.6]).view(3, 1, 1)
+    mark = augment(batch, draw(2, 0, 64), config).mean(1)
+    # Darkness against the border of the same patch, whatever its colour has become.
+    border = mark[:, :8].mean((1, 2), keepdim=True)
+    darkness = border - mark
+    darkness = darkness / darkness[:, 44:52, 44:52].mean((1, 2), keepdim=True)
+    total = darkness.sum((1, 2))
+    torch.testing.assert_close(total, torch.full((64,), 1024.0), rtol=0.02, atol=0)
+    place = torch.arange(96) - 47.5
+    for axis in (1, 2):
+        assert ((darkness.sum(3 - axis) * place).sum(1) / total).abs().max() < 0.1
+    inside = darkness[:, 32:64, 32:64].mean((1, 2))
+    assert inside.min() > (0.999 if config in [SINGLE[name] for name in ("dihedral", "flip", "colours", "stains")] else 0.85)
+
+
+@pytest.mark.parametrize("config", SINGLE.values(), ids=SINGLE)
+def test_each_augmentation_does_something_in_each_epoch_something_else(config: AugmentConfig) -> None:
+    batch = patches(32)
+    first, second = (augment(batch, draw(0, epoch, 32), config) for epoch in (0, 1))
+    assert not torch.equal(first, batch)
+    assert not torch.equal(first, second)
+
+
+def test_no_step_needs_values_back_from_the_device() -> None:
+    # Tensors without values: whatever would wait for a GPU raises.
+    result = augment(patches(20).to("meta"), draw(0, 0, 20).to("meta"), EVERYTHING)
+    assert result.shape == (20, 3, 96, 96)
+
+
+@pytest.mark.gpu
+def test_a_gpu_augments_like_a_cpu() -> None:
+    batch, draws = patches(40), draw(0, 0, 40)
+    for config in (AugmentConfig(), SEED_PRESET, NO_JPEG):
+        torch.testing.assert_close(augment(batch.cuda(), draws.cuda(), config).cpu(), augment(batch, draws, config), atol=1e-4, rtol=0)
+    jpeg = augment(batch.cuda(), draws.cuda(), SINGLE["jpeg"]).cpu()
+    assert (jpeg - augment(batch, draws, SINGLE["jpeg"])).abs().mean() < 1e-3
 
 
 @pytest.mark.parametrize("config", [AugmentConfig(), SEED_PRESET, EVERYTHING, NOTHING], ids=["default", "seed", "everything", "nothing"])
@@ -105,6 +181,14 @@ def test_the_default_only_turns_mirrors_and_recolours() -> None:
     assert torch.equal(moved, dihedral(batch, (draws[:, 0] * 8).long()))
     coloured = augment(batch, draws, AugmentConfig(dihedral=False))
     assert 0 < (coloured - batch).abs().mean() < 0.1
+
+
+def test_flips_go_left_right_and_top_down() -> None:
+    batch, draws = patches(40), draw(4, 0, 40)
+    flipped = augment(batch, draws, SINGLE["flip"])
+    for row in range(40):
+        sides = [dim for dim, number in ((2, draws[row, 0]), (1, draws[row, 1])) if number < 0.5]
+        assert torch.equal(flipped[row], batch[row].flip(sides))
 
 
 def test_flips_are_independent_and_even() -> None:
@@ -167,3 +251,57 @@ def test_no_rotation_changes_nothing_and_rotations_stay_within_their_bound() -> 
     extremes[1, 2] = 1
     bound = torch.tensor([-math.radians(15), math.radians(15)])
     torch.testing.assert_close(augment(batch[:2], extremes, config), rotate(batch[:2], bound))
+
+
+def test_contrast_comes_after_the_others() -> None:
+    batch = patches(3) * 0.4 + 0.3
+    one, brightness, contrast, saturation, hue = factors(3), factors(3, 0.9), factors(3, 1.2), factors(3, 0.7), factors(3, 0.1)
+    before = jitter_colours(batch, brightness, one, saturation, hue)
+    after = jitter_colours(before, one, contrast, one, factors(3, 0.0))
+    torch.testing.assert_close(jitter_colours(batch, brightness, contrast, saturation, hue), after, atol=1e-5, rtol=0)
+
+
+def test_symmetries_take_pixels_as_they_are_stored_too() -> None:
+    images = torch.from_numpy(random_patches(8)).permute(0, 3, 1, 2)
+    elements = torch.arange(8)
+    assert torch.equal(dihedral(images, elements), (dihedral(images.float(), elements)).to(torch.uint8))
+
+
+def test_blur_is_torchvisions_gaussian_with_each_patch_its_own() -> None:
+    batch, sigma_px = patches(3), torch.tensor([0.4, 1.0, 2.0])
+    blurred = blur(batch, sigma_px, radius_px=6)
+    for row in range(3):
+        expected = gaussian_blur(batch[row], kernel_size=[13, 13], sigma=[float(sigma_px[row])])
+        torch.testing.assert_close(blurred[row], expected, atol=1e-5, rtol=0)
+
+
+def test_no_blur_changes_no_bit() -> None:
+    batch = patches(3)
+    assert torch.equal(blur(batch, torch.zeros(3), radius_px=6), batch)
+
+
+@pytest.mark.parametrize("name", ["blur", "jpeg"])
+def test_half_of_the_patches_are_blurred_and_compressed(name: str) -> None:
+    batch = patches(400, 32)
+    changed = (augment(batch, draw(0, 0, 400), SINGLE[name]) != batch).any(3).any(2).any(1)
+    assert 160 < changed.sum() < 240
+
+
+def test_blurring_and_compressing_are_independent() -> None:
+    draws = draw(0, 0, 10_000)
+    assert abs(np.corrcoef(draws.T.numpy()) - np.eye(16)).max() < 0.05
+    batch = patches(200, 32)
+    blurred, compressed = ((augment(batch, draws[:200], SINGLE[name]) != batch).any(3).any(2).any(1) for name in ("blur", "jpeg"))
+    for one in (blurred, ~blurred):
+        for other in (compressed, ~compressed):
+            assert (one & other).sum() > 30
+
+
+def test_the_largest_blur_and_the_lowest_quality_are_the_configured_ones() -> None:
+    batch = patches(2)
+    draws = torch.full((2, 16), 1 - 2**-24)
+    torch.testing.assert_close(augment(batch, draws, SINGLE["blur"]), blur(batch, torch.full((2,), 2.0), radius_px=6), atol=1e-5, rtol=0)
+    torch.testing.assert_close(augment(batch, draws, SINGLE["jpeg"]), compress(batch, torch.full((2,), 100.0)), atol=1e-3, rtol=0)
+    draws = torch.full((2, 16), 0.5)
+    assert torch.equal(augment(batch, draws, SINGLE["blur"]), batch)
+    torch.testing.assert_close(augment(batch, draws, SINGLE["jpeg"]), compress(batch, torch.full((2,), 40.0)), atol=1e-3, rtol=0)
