@@ -1,5 +1,6 @@
 """The training loop: a plain function over torch objects, with or without torch.distributed, and without Ray."""
 
+import enum
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -9,30 +10,60 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn import functional
 
 from sentinode.augment import augment, draw
 from sentinode.config import TrainConfig
 from sentinode.dataset import Patches
-from sentinode.errors import TrainingError, UsageError
-from sentinode.images import UInt8Array
+from sentinode.epoch_plan import Batch, EpochPlan, Step
+from sentinode.errors import SentinodeError, TrainingError, UsageError
 from sentinode.inference import network_logits
+from sentinode.ingest import RowSource
+from sentinode.learner import Learner
 from sentinode.metrics import roc_auc
-from sentinode.model import train_mode
 from sentinode.preprocess import normalise, resize, to_unit_nchw
 
 IntArray = npt.NDArray[np.int64]
 
-# BatchNorm in train mode needs two values per channel, which one row at 32 px does not give in the last stage.
-_MIN_ROWS = 2
-# Share of the free GPU memory that a resident split may take; activations need the rest.
-_RESIDENT_SHARE = 0.5
+# Workers agree on going on every so many steps, for on a GPU it means waiting for what was queued. On CPUs they agree after each.
+_AGREE_EVERY_STEPS = 16
+_NEVER = 2**31
+
+
+class Wish(enum.IntEnum):
+    """What a caller may want between two steps; of several workers' wishes the largest holds."""
+
+    GO_ON = 0
+    CHECKPOINT = 1
+    STOP = 2
+
+
+class Interrupted(SentinodeError):
+    """Training stopped because a hook wished it; the last checkpoint continues it."""
+
+
+@dataclass
+class PartialEpoch:
+    """What has been done of an epoch that is not finished.
+
+    Attributes
+    ----------
+    done : list of [world_size, batches]
+        With how many workers, and how many batches each of them; oldest first.
+    sums : list of [weighted loss, weight, rows]
+        One entry per worker so far.
+    seconds : float
+        Spent on it.
+    """
+
+    done: list[list[int]] = field(default_factory=list)
+    sums: list[list[float]] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 @dataclass
 class Progress:
-    """Where a run stands after an epoch; a checkpoint holds this and the states of model, optimiser and scheduler.
+    """Where a run stands; a checkpoint holds this and the state of the learner.
 
     Attributes
     ----------
@@ -42,9 +73,11 @@ class Progress:
     best_value : float or None
         The metric there.
     history : list of dict
-        One record per epoch: epoch, train_loss, val_loss, val_roc_auc, learning_rate, rows.
+        One record per epoch: epoch, depth, train_loss, val_loss, val_roc_auc, learning_rate, rows, seconds, first_batch_seconds, val_seconds.
     improvements : int
         How often an epoch was the best so far.
+    partial : PartialEpoch or None
+        Of the epoch after those done, where a checkpoint fell within it.
     """
 
     epochs_done: int = 0
@@ -52,19 +85,25 @@ class Progress:
     best_value: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     improvements: int = 0
+    partial: PartialEpoch | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.partial, dict):  # from a checkpoint, which holds plain values
+            self.partial = PartialEpoch(**self.partial)
 
     @property
     def improvement(self) -> int:
-        """Score of the last epoch for keeping checkpoints: higher for each new best epoch, 0 for any other.
+        """Score of the last epoch for keeping checkpoints: higher for each new best epoch, 0 for any other and within an epoch.
 
         The metric itself does not serve: equal values would leave it to chance which of their checkpoints is kept.
         """
-        return self.improvements if self.best_epoch == self.epochs_done - 1 else 0
+        return self.improvements if self.partial is None and self.best_epoch == self.epochs_done - 1 else 0
 
     def add(self, record: dict[str, Any], metric: str) -> None:
         """Note one epoch."""
         self.history.append(record)
         self.epochs_done = record["epoch"] + 1
+        self.partial = None
         value = record[metric]
         better = value is not None and (self.best_value is None or (value < self.best_value if metric == "val_loss" else value > self.best_value))
         if better or self.best_epoch is None:
@@ -79,59 +118,54 @@ class Progress:
         return patience is not None and self.best_epoch is not None and self.epochs_done - 1 - self.best_epoch >= patience
 
 
-@dataclass
-class Learner:
-    """A network with its optimiser and schedule.
+@dataclass(frozen=True)
+class Hooks:
+    """What a caller does during training; each is called on every worker.
 
-    `network` is what forward passes go through (DDP-wrapped or not); `module` is the network itself.
+    Attributes
+    ----------
+    on_epoch : callable
+        After each epoch, with the progress.
+    wish : callable
+        Now and then between steps; returns a Wish.
+    on_checkpoint : callable
+        Within an epoch, when a worker wished for a checkpoint or a stop; with the progress, whose `partial` is set.
     """
 
-    network: nn.Module
-    module: nn.Module
-    optimiser: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.ReduceLROnPlateau
-
-    @classmethod
-    def make(cls, network: nn.Module, config: TrainConfig) -> "Learner":
-        """Set up Adam over the parameters that train, and ReduceLROnPlateau on validation loss."""
-        module = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        optimiser = torch.optim.Adam(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimiser, factor=config.lr_factor, patience=config.lr_patience_epochs, min_lr=config.lr_floor
-        )
-        return cls(network, module, optimiser, schedule)
-
-    @property
-    def learning_rate(self) -> float:
-        """Current learning rate."""
-        return float(self.optimiser.param_groups[0]["lr"])
-
-    def state(self) -> dict[str, Any]:
-        """Return what, with the weights, continues this learner exactly; tensors and plain values only."""
-        return {"optimiser": self.optimiser.state_dict(), "schedule": self.schedule.state_dict()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from `state`; the weights are loaded by the caller."""
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.schedule.load_state_dict(state["schedule"])
+    on_epoch: Callable[[Progress], None] = lambda progress: None
+    wish: Callable[[], Wish] = lambda: Wish.GO_ON
+    on_checkpoint: Callable[[Progress], None] = lambda progress: None
 
 
-def rows_of_steps(rows: int, batch_size: int, rank: int, world_size: int, seed: int, epoch: int) -> Iterator[tuple[IntArray, IntArray]]:
-    """Deal every row exactly once to the steps of one epoch.
+@dataclass(frozen=True)
+class Group:
+    """This worker among the workers of a run.
 
-    One permutation per (seed, epoch) is cut into steps of `batch_size * world_size` rows; each rank takes its slice. The rows of the last step
-    are dealt as evenly as they go, so a rank may have none.
-
-    Yields
-    ------
-    (mine, all) : ndarrays of int64
-        Rows of this rank and of all ranks in one step.
+    Attributes
+    ----------
+    rank, world_size : int
+        In the default torch.distributed group, which must exist where world_size > 1.
+    device : torch.device
     """
-    order = np.random.default_rng([seed, epoch, 1]).permutation(rows)
-    for start in range(0, rows, batch_size * world_size):
-        step = order[start : start + batch_size * world_size]
-        yield np.array_split(step, world_size)[rank], step
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """Return each worker's values, on the CPU."""
+        if self.world_size == 1:
+            return [values.cpu()]
+        values = values.to(self.device)
+        parts = [torch.zeros_like(values) for _ in range(self.world_size)]
+        dist.all_gather(parts, values)
+        return [part.cpu() for part in parts]
+
+    def share(self, tensors: list[torch.Tensor]) -> None:
+        """Give rank 0's values to all."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
 
 def class_weight(labels: IntArray, config: TrainConfig) -> float:
@@ -149,30 +183,23 @@ def class_weight(labels: IntArray, config: TrainConfig) -> float:
 
 
 def train_epochs(
-    learner: Learner,
-    train: Patches,
-    val: Patches,
-    config: TrainConfig,
-    progress: Progress,
-    on_epoch: Callable[[Progress], None],
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    device: torch.device | str = "cpu",
+    learner: Learner, source: RowSource, val: Patches, config: TrainConfig, progress: Progress, hooks: Hooks = Hooks(), group: Group = Group()
 ) -> None:
-    """Train until the epochs are done or early stopping fires; `on_epoch` is called on every rank after each epoch.
+    """Train until the epochs are done or early stopping fires.
 
     With `epochs` 0 the initial network is validated once. Continuing from a `progress` and the states saved with it gives, on CPU with the same
-    number of ranks, bitwise the weights of an undisturbed run.
+    number of workers, bitwise the weights of an undisturbed run, also from within an epoch.
 
     Parameters
     ----------
     learner : Learner
-        On `device`; DDP-wrapped where world_size > 1.
-    train, val : Patches
-        The whole splits, the same on every rank.
-    rank, world_size : int
-        Of the default torch.distributed group, which must exist where world_size > 1.
+        For the device and number of workers of `group`.
+    source : RowSource
+        All rows to train on, the same on every worker.
+    val : Patches
+        The whole validation split, the same on every worker.
+    progress : Progress
+        Where to go on; changed in place.
 
     Raises
     ------
@@ -180,125 +207,185 @@ def train_epochs(
         A loss is not finite.
     UsageError
         A class is absent from the training rows.
+    Interrupted
+        A hook wished to stop; `on_checkpoint` was called before.
     """
-    weights = torch.tensor([1.0, class_weight(train.labels, config)])
-    source = _RowSource(train.images, torch.device(device))
+    weights = np.array([1.0, class_weight(source.labels, config)], np.float32)
     if config.epochs == 0 and not progress.history:
-        record = _validate(learner, val, weights, config, rank, world_size, device) | {"epoch": -1, "train_loss": None}
-        progress.add(record | {"learning_rate": learner.learning_rate, "rows": 0, "seconds": 0.0}, config.selection_metric)
-        on_epoch(progress)
+        record = {"epoch": -1, "depth": learner.depth, "train_loss": None, "learning_rate": learner.learning_rate, "rows": 0, "seconds": 0.0}
+        progress.add(record | _validate(learner, val, weights, config, group), config.selection_metric)
+        hooks.on_epoch(progress)
     while not progress.is_over(config):
-        epoch, started = progress.epochs_done, time.monotonic()
-        learning_rate = learner.learning_rate
-        train_loss, rows = _train_one_epoch(learner, source, train.labels, weights, config, epoch, rank, world_size)
-        if not np.isfinite(train_loss):
-            raise TrainingError(f"epoch {epoch + 1}: the training loss is {train_loss} at learning rate {learning_rate:g}; lower it")
-        seconds = time.monotonic() - started
-        record = _validate(learner, val, weights, config, rank, world_size, device)
-        learner.schedule.step(record["val_loss"])
-        record |= {"epoch": epoch, "train_loss": train_loss, "learning_rate": learning_rate, "rows": rows, "seconds": seconds}
+        learner.set_depth(config.depth_at(progress.epochs_done))
+        record = _Epoch(learner, source, weights, config, progress, hooks, group).run()
+        record |= _validate(learner, val, weights, config, group)
+        learner.schedule.after_epoch(record["val_loss"])
         progress.add(record, config.selection_metric)
-        on_epoch(progress)
+        hooks.on_epoch(progress)
 
 
-class _RowSource:
-    """The training images, on the device where they fit, else in (shared) host memory."""
+class _Epoch:
+    """One pass over the rows, or what an interruption left of it."""
 
-    def __init__(self, images: UInt8Array, device: torch.device) -> None:
-        self.device = device
-        self._host = images
-        self._resident: torch.Tensor | None = None
-        if device.type == "cuda" and images.nbytes < _RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
-            self._resident = torch.tensor(images, device=device)
+    def __init__(
+        self,
+        learner: Learner,
+        source: RowSource,
+        weights: npt.NDArray[np.float32],
+        config: TrainConfig,
+        progress: Progress,
+        hooks: Hooks,
+        group: Group,
+    ) -> None:
+        self._learner, self._source, self._config, self._progress, self._hooks, self._group = learner, source, config, progress, hooks, group
+        self._number = progress.epochs_done
+        before = progress.partial or PartialEpoch()
+        order = source.order(config.seed, self._number, group.world_size, config.batch_size)
+        done = [(workers, batches) for workers, batches in before.done]
+        self._plan = EpochPlan(order, group.world_size, config.batch_size, config.accumulate_steps, done)
+        goes_on = bool(before.done) and before.done[-1][0] == group.world_size
+        self._done_before = before.done[:-1] if goes_on else before.done
+        self._seconds_before = before.seconds
+        self._labels = source.labels
+        self._row_weights = weights[source.labels]
+        # On the device, so that nothing waits for it: weighted loss and weight; and the first step whose loss was not finite.
+        loss, weight, self._rows = _own_sums(before.sums, group)
+        self._sums = torch.tensor([loss, weight], dtype=torch.float64, device=group.device)
+        self._bad_step = torch.full((), _NEVER, dtype=torch.int64, device=group.device)
+        self._started = time.monotonic()
 
-    def take(self, rows: IntArray) -> torch.Tensor:
-        if self._resident is not None:
-            return self._resident[torch.from_numpy(rows).to(self.device)]
-        return torch.from_numpy(self._host[rows]).to(self.device, non_blocking=True)
+    def run(self) -> dict[str, Any]:
+        """Train, and return the record of the epoch without its validation."""
+        learner, group = self._learner, self._group
+        learner.train_mode()
+        draws = draw(self._config.seed, self._number, len(self._labels))
+        steps = self._plan.of_rank(group.rank)
+        rate = learner.learning_rate
+        first_batch_s = None
+        images = self._source.batches([batch.rows for step in steps for batch in step.batches])
+        every = _AGREE_EVERY_STEPS if group.device.type == "cuda" else 1
+        for number, step in enumerate(steps, start=self._plan.steps_done):
+            learner.schedule.before_step(self._number + self._plan.part_done_after(number))
+            rate = learner.learning_rate
+            self._train_on(step, number, images, draws)
+            if first_batch_s is None:
+                first_batch_s = time.monotonic() - self._started
+            if number % every == 0 and number < self._plan.steps - 1:
+                self._agree(number, rate)
+        self._raise_if_not_finite(rate, self._all_want(Wish.GO_ON)[1])
+        loss, weight, rows = np.sum(self._all_sums(), axis=0).tolist()
+        return {
+            "epoch": self._number,
+            "depth": learner.depth,
+            "train_loss": loss / weight,
+            "learning_rate": rate,
+            "rows": int(rows),
+            "seconds": self._seconds(),
+            "first_batch_seconds": first_batch_s,
+        }
+
+    def _train_on(self, step: Step, number: int, images: Iterator[torch.Tensor], draws: torch.Tensor) -> None:
+        total_weight = float(self._row_weights[step.all_rows].sum(dtype=np.float64))
+        for batch in step.batches:
+            inputs = self._inputs(next(images), draws[torch.from_numpy(batch.rows)])
+            labels = torch.from_numpy(self._labels[batch.rows]).to(self._group.device, non_blocking=True)
+            weight = self._weight_of(batch)
+            z = self._learner.forward(inputs)
+            losses = functional.cross_entropy(z, labels, reduction="none", label_smoothing=self._config.label_smoothing)
+            weighted = (losses * weight).sum()
+            # Workers average their gradients; wanted is the sum over all rows of the step, divided by the sum of their weights.
+            self._learner.backward(weighted * (self._group.world_size / total_weight), last=batch is step.batches[-1])
+            weighted = weighted.detach()
+            self._bad_step = torch.where(torch.isfinite(weighted), self._bad_step, self._bad_step.clamp(max=number))
+            self._sums += torch.stack([weighted.double(), weight.sum().double()])
+            self._rows += batch.own
+        self._learner.step()
+
+    def _inputs(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        config = self._config
+        patches = augment(to_unit_nchw(images), draws.to(images.device, non_blocking=True), config.augment)
+        return normalise(resize(patches, config.input_size_px), config.mean, config.std)
+
+    def _weight_of(self, batch: Batch) -> torch.Tensor:
+        weight = self._row_weights[batch.rows]
+        weight[batch.own :] = 0
+        return torch.from_numpy(weight).to(self._group.device, non_blocking=True)
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+    def _all_sums(self) -> list[list[float]]:
+        """Return weighted loss, weight and rows of each worker."""
+        return [part.tolist() for part in self._group.gather(torch.cat([self._sums.cpu(), torch.tensor([float(self._rows)], dtype=torch.float64)]))]
+
+    def _all_want(self, wish: Wish) -> tuple[Wish, int]:
+        """Return the largest wish of all workers and the first step in which any of them had a loss that is not finite."""
+        answers = self._group.gather(torch.stack([torch.tensor(int(wish)), self._bad_step.cpu()]))
+        wishes, steps = zip(*(answer.tolist() for answer in answers), strict=True)
+        return Wish(max(wishes)), min(steps)
+
+    def _raise_if_not_finite(self, rate: float, bad_step: int) -> None:
+        if bad_step < _NEVER:
+            where = f"epoch {self._number + 1}, step {bad_step + 1} of {self._plan.steps}"
+            raise TrainingError(f"{where}: the training loss is not finite at learning rate {rate:g}; lower it")
+
+    def _agree(self, number: int, rate: float) -> None:
+        wish, bad_step = self._all_want(self._hooks.wish())
+        self._raise_if_not_finite(rate, bad_step)
+        if wish is Wish.GO_ON:
+            return
+        # Of the buffers rank 0's are stored: the others must go on with the same ones, as they will after a restart.
+        self._group.share(self._learner.buffers_to_share())
+        batches = (number + 1) * self._config.accumulate_steps
+        self._progress.partial = PartialEpoch(
+            done=[*self._done_before, [self._group.world_size, batches]],
+            sums=self._all_sums(),
+            seconds=self._seconds(),
+        )
+        self._hooks.on_checkpoint(self._progress)
+        if wish is Wish.STOP:
+            raise Interrupted(f"stopped within epoch {self._number + 1}, after step {number + 1} of {self._plan.steps}")
 
 
-def _train_one_epoch(
-    learner: Learner, source: _RowSource, labels: IntArray, weights: torch.Tensor, config: TrainConfig, epoch: int, rank: int, world_size: int
-) -> tuple[float, int]:
-    """Return the mean weighted loss over all rows of all ranks, and how many rows were trained on."""
-    train_mode(learner.module)
-    device = source.device
-    draws = draw(config.seed, epoch, len(labels))
-    row_weights = weights.numpy()[labels]
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
-    rows = 0
-    for mine, step in rows_of_steps(len(labels), config.batch_size, rank, world_size, config.seed, epoch):
-        weight = torch.from_numpy(row_weights[mine])
-        # A rank with too few rows borrows some at weight zero: every rank must take part in the step. Not its own again, whose variance is 0.
-        borrowed = ((mine if len(mine) else step)[-1] + 1 + np.arange(_MIN_ROWS - len(mine))) % len(labels)
-        padded = np.concatenate([mine, borrowed])
-        weight = functional.pad(weight, (0, len(padded) - len(mine))).to(device)
-        patches = augment(to_unit_nchw(source.take(padded)), draws[torch.from_numpy(padded)].to(device), config.augment)
-        inputs = normalise(resize(patches, config.input_size_px), config.mean, config.std)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=_uses_bf16(config, device)):
-            if device.type == "cuda":
-                inputs = inputs.contiguous(memory_format=torch.channels_last)
-            z = learner.network(inputs)
-        losses = functional.cross_entropy(z.float(), torch.from_numpy(labels[padded]).to(device), reduction="none")
-        weighted = (losses * weight).sum()
-        # DDP averages over ranks; the sum over all rows divided by the sum of all weights is wanted, and every rank knows the latter.
-        learner.optimiser.zero_grad(set_to_none=True)
-        scaled = weighted * (world_size / float(row_weights[step].sum()))
-        scaled.backward()  # type: ignore[no-untyped-call]
-        learner.optimiser.step()
-        totals += torch.stack([weighted.detach().double(), weight.sum().double()])
-        rows += len(mine)
-    counted = torch.tensor([float(rows)], dtype=torch.float64, device=device)
-    if world_size > 1:
-        dist.all_reduce(totals)
-        dist.all_reduce(counted)
-    return float(totals[0] / totals[1]), int(counted.item())
+def _own_sums(sums: list[list[float]], group: Group) -> list[float]:
+    """Return what this worker starts from: its own sums, or where the number of workers has changed rank 0 all of them."""
+    if len(sums) == group.world_size:
+        return sums[group.rank]
+    return [float(value) for value in np.sum(sums, axis=0)] if sums and group.rank == 0 else [0.0, 0.0, 0.0]
 
 
-def _uses_bf16(config: TrainConfig, device: torch.device) -> bool:
-    return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-
-
-def _validate(
-    learner: Learner, val: Patches, weights: torch.Tensor, config: TrainConfig, rank: int, world_size: int, device: torch.device | str
-) -> dict[str, Any]:
-    """Return val_loss (weighted, finite) and val_roc_auc over every validation row exactly once; the same on every rank."""
-    learner.module.eval()
-    if world_size > 1:
-        # DDP copies rank 0's BatchNorm statistics before each step but not after the last one; rank 0's are what is saved.
-        for buffer in learner.module.buffers():
-            dist.broadcast(buffer, 0)
-    mine = network_logits(
-        learner.module,
-        val.images[rank::world_size],
-        input_size_px=config.input_size_px,
-        mean=config.mean,
-        std=config.std,
-        batch_size=config.eval_batch_size,
-        device=device,
-    )
-    logits = _gather_interleaved(mine, len(val), rank, world_size, device)
+def _validate(learner: Learner, val: Patches, weights: npt.NDArray[np.float32], config: TrainConfig, group: Group) -> dict[str, Any]:
+    """Return val_loss (weighted, finite), val_roc_auc and val_seconds over every validation row exactly once; the same on every worker."""
+    started = time.monotonic()
+    # DDP copies rank 0's BatchNorm statistics before each step but not after the last one; rank 0's are what is saved.
+    group.share(learner.buffers_to_share())
+    with learner.evaluating() as network:
+        mine = network_logits(
+            network,
+            val.images[group.rank :: group.world_size],
+            input_size_px=config.input_size_px,
+            mean=config.mean,
+            std=config.std,
+            batch_size=config.eval_batch_size,
+            device=group.device,
+        )
+    logits = _gather_interleaved(mine, len(val), group)
     # Cross-entropy of two classes as a function of z1 - z0: softplus(-d) for class 1, softplus(d) for class 0.
     losses = np.logaddexp(0, np.where(val.labels == 1, -logits, logits))
-    row_weights = weights.numpy().astype(np.float64)[val.labels]
+    row_weights = weights.astype(np.float64)[val.labels]
     loss = float((losses * row_weights).sum() / row_weights.sum())
     if not np.isfinite(loss):
         raise TrainingError(f"the validation loss is {loss} at learning rate {learner.learning_rate:g}; lower it")
-    return {"val_loss": loss, "val_roc_auc": roc_auc(val.labels, logits) if np.isfinite(logits).all() else None}
+    auc = roc_auc(val.labels, logits) if np.isfinite(logits).all() else None
+    return {"val_loss": loss, "val_roc_auc": auc, "val_seconds": time.monotonic() - started}
 
 
-def _gather_interleaved(mine: npt.NDArray[np.float32], rows: int, rank: int, world_size: int, device: torch.device | str) -> npt.NDArray[np.float64]:
+def _gather_interleaved(mine: npt.NDArray[np.float32], rows: int, group: Group) -> npt.NDArray[np.float64]:
     """Put together what rank r holds for the rows r, r + world_size, …"""
+    padded = torch.zeros(-(-rows // group.world_size))
+    padded[: len(mine)] = torch.from_numpy(mine)
     result = np.empty(rows, np.float64)
-    if world_size == 1:
-        result[:] = mine
-        return result
-    longest = -(-rows // world_size)
-    padded = torch.zeros(longest, device=device)
-    padded[: len(mine)] = torch.from_numpy(mine).to(device)
-    parts = [torch.zeros_like(padded) for _ in range(world_size)]
-    dist.all_gather(parts, padded)
-    for other, part in enumerate(parts):
-        own = result[other::world_size]
-        own[:] = part.cpu().numpy()[: len(own)]
+    for other, part in enumerate(group.gather(padded)):
+        own = result[other :: group.world_size]
+        own[:] = part.numpy()[: len(own)]
     return result

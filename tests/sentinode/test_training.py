@@ -17,11 +17,12 @@ from sentinode.config import AugmentConfig
 from sentinode.dataset import Patches
 from sentinode.errors import TrainingError, UsageError
 from sentinode.inference import network_logits
+from sentinode.ingest import ResidentRows
+from sentinode.learner import Learner
 from sentinode.metrics import roc_auc
-from sentinode.model import train_mode
 from sentinode.preprocess import normalise, resize, to_unit_nchw
-from sentinode.training import Learner, Progress, class_weight, rows_of_steps, train_epochs
-from tests.sentinode.training_helpers import PLAIN, config, network, patches, small_network, train, with_gradient_descent
+from sentinode.training import Hooks, Interrupted, Progress, Wish, class_weight
+from tests.sentinode.training_helpers import GRADIENT_DESCENT, PLAIN, config, network, patches, small_network, that_never_learns, train
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -30,53 +31,15 @@ def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def make(depth: int = 1, **changes: Any) -> tuple[Learner, Any]:
     settings = config(unfreeze_depth=depth, **changes)
-    return Learner.make(network(depth), settings), settings
-
-
-def that_never_learns(learner: Learner, settings: Any) -> Learner:
-    """The same learner, its optimiser and schedule looking after a parameter that is not in the network."""
-    idle = Learner.make(nn.Linear(1, 1), settings)
-    return Learner(learner.network, learner.module, idle.optimiser, idle.schedule)
+    return Learner(network(depth), settings), settings
 
 
 def logits_of(learner: Learner, rows: Patches, settings: Any) -> torch.Tensor:
     """z of an eval-mode forward pass, (n, 2), without the code under test."""
     batch = normalise(resize(to_unit_nchw(torch.from_numpy(rows.images.copy())), settings.input_size_px), settings.mean, settings.std)
-    learner.module.eval()
+    learner.model.eval()
     with torch.inference_mode():
-        return learner.module(batch)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-@pytest.mark.parametrize("batch_size", [1, 2, 8, 32])
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 7, 31, 32, 33, 64, 65, 257])
-def test_every_row_is_dealt_exactly_once(rows: int, batch_size: int, world_size: int) -> None:
-    ranks = [list(rows_of_steps(rows, batch_size, rank, world_size, seed=1, epoch=2)) for rank in range(world_size)]
-    assert {len(steps) for steps in ranks} == {math.ceil(rows / (batch_size * world_size))}, "ranks would wait for each other"
-    dealt = []
-    for step in zip(*ranks, strict=True):
-        mine = [own for own, _ in step]
-        for _, everyone in step:
-            np.testing.assert_array_equal(everyone, np.concatenate(mine))
-        sizes = [len(own) for own in mine]
-        assert max(sizes) <= batch_size
-        assert max(sizes) - min(sizes) <= 1
-        dealt.extend(np.concatenate(mine).tolist())
-    assert sorted(dealt) == list(range(rows))
-
-
-def test_only_the_last_step_is_smaller() -> None:
-    assert [len(step) for _, step in rows_of_steps(100, 8, 0, 3, 0, 0)] == [24, 24, 24, 24, 4]
-
-
-def test_the_order_follows_seed_and_epoch_and_not_the_number_of_ranks() -> None:
-    def order(seed: int, epoch: int, batch_size: int = 8, world_size: int = 1) -> list[int]:
-        return np.concatenate([step for _, step in rows_of_steps(50, batch_size, 0, world_size, seed, epoch)]).tolist()
-
-    assert order(1, 0) == order(1, 0) == order(1, 0, 4, 2) == order(1, 0, 2, 4)
-    assert order(1, 0) != order(1, 1)
-    assert order(1, 0) != order(2, 0)
-    assert order(1, 0) != list(range(50))
+        return learner.model(batch)
 
 
 def test_the_class_weight_is_the_ratio_of_the_rows_trained_on() -> None:
@@ -99,16 +62,16 @@ def test_one_class_cannot_be_trained_on(label: int) -> None:
 
 def test_only_what_is_thawed_changes() -> None:
     learner, settings = make(depth=1)
-    before = state_of(learner.module)
+    before = state_of(learner.model)
     train(learner, patches(20), patches(10, 1), settings)
-    for name, value in learner.module.state_dict().items():
+    for name, value in learner.model.state_dict().items():
         assert torch.equal(value, before[name]) != name.startswith(("fc.", "layer4.")), name
 
 
 def test_the_recorded_losses_are_weighted_means_over_every_row() -> None:
     rows, val = patches(21), patches(13, 1)
     learner, settings = make(depth=0, batch_size=4, eval_batch_size=5, augment=PLAIN)
-    progress = train(that_never_learns(learner, settings), rows, val, settings)
+    progress = train(that_never_learns(learner), rows, val, settings)
     record = progress.history[0]
     weights = torch.tensor([1.0, class_weight(rows.labels, settings)])
     expected = [functional.cross_entropy(logits_of(learner, part, settings), torch.from_numpy(part.labels), weights) for part in (rows, val)]
@@ -119,32 +82,38 @@ def test_the_recorded_losses_are_weighted_means_over_every_row() -> None:
     assert (record["epoch"], record["rows"], record["learning_rate"]) == (0, 21, settings.learning_rate)
 
 
-def test_a_step_follows_the_gradient_of_the_weighted_mean_of_its_augmented_rows() -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_step_follows_the_gradient_of_the_weighted_mean_of_its_augmented_rows(smoothing: float) -> None:
     rows = patches(21)
-    settings = config(batch_size=8, augment=AugmentConfig(colour_jitter=0.3), unfreeze_depth=0)
-    learner, twin = (with_gradient_descent(Learner.make(network(0), settings)) for _ in range(2))
+    settings = config(batch_size=8, augment=AugmentConfig(colour_jitter=0.3), unfreeze_depth=0, label_smoothing=smoothing, **GRADIENT_DESCENT)
+    learner, twin = Learner(network(0), settings), network(0)
     train(learner, rows, patches(6, 1), settings)
     weights = torch.tensor([1.0, class_weight(rows.labels, settings)])
-    train_mode(twin.module)
-    for _, step in rows_of_steps(21, 8, 0, 1, settings.seed, 0):
+    optimiser = torch.optim.SGD(twin.fc.parameters(), lr=0.01)
+    twin.eval()
+    order = ResidentRows(rows, torch.device("cpu")).order(settings.seed, 0, 1, 8)
+    for start in range(0, 21, 8):
+        step = order[start : start + 8]
         seen = augment(to_unit_nchw(torch.from_numpy(rows.images[step])), draw(settings.seed, 0, 21)[torch.from_numpy(step)], settings.augment)
-        z = twin.module(normalise(seen, settings.mean, settings.std))
-        twin.optimiser.zero_grad()
-        functional.cross_entropy(z, torch.from_numpy(rows.labels[step]), weights).backward()
-        twin.optimiser.step()
-    for name, value in learner.module.state_dict().items():
-        torch.testing.assert_close(value, twin.module.state_dict()[name], atol=1e-6, rtol=1e-5, msg=name)
-    assert not torch.equal(learner.module.state_dict()["fc.weight"], network(0).state_dict()["fc.weight"])
+        z = twin(normalise(seen, settings.mean, settings.std))
+        labels = torch.from_numpy(rows.labels[step])
+        losses = functional.cross_entropy(z, labels, reduction="none", label_smoothing=smoothing)
+        optimiser.zero_grad()
+        ((losses * weights[labels]).sum() / weights[labels].sum()).backward()
+        optimiser.step()
+    for name, value in learner.model.state_dict().items():
+        torch.testing.assert_close(value, twin.state_dict()[name], atol=1e-6, rtol=1e-5, msg=name)
+    assert not torch.equal(learner.model.state_dict()["fc.weight"], network(0).state_dict()["fc.weight"])
 
 
 def test_a_last_step_of_one_row_trains_statistics_too() -> None:
     # At 32 px the last stage sees one value per channel, and BatchNorm needs two.
     learner, settings = make(depth=1, batch_size=8)
     seen: list[torch.Tensor] = []
-    learner.module.get_submodule("layer4").register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    learner.model.get_submodule("layer4").register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
     progress = train(learner, patches(17), patches(6, 1), settings)
     assert progress.history[0]["rows"] == 17
-    assert all(torch.isfinite(value).all() for value in learner.module.state_dict().values() if value.is_floating_point())
+    assert all(torch.isfinite(value).all() for value in learner.model.state_dict().values() if value.is_floating_point())
     first, second = seen[2]
     assert not torch.equal(first, second), "a variance of nothing went into the statistics"
 
@@ -153,14 +122,14 @@ def test_validation_is_the_forward_pass_of_every_other_verb() -> None:
     learner, settings = make(depth=1)
     val = patches(11, 1)
     progress = train(learner, patches(16), val, settings)
-    learner.module.eval()
-    logits = network_logits(learner.module, val.images, input_size_px=32, mean=settings.mean, std=settings.std)
+    learner.model.eval()
+    logits = network_logits(learner.model, val.images, input_size_px=32, mean=settings.mean, std=settings.std)
     assert progress.history[0]["val_roc_auc"] == roc_auc(val.labels, logits)
 
 
 def test_the_network_learns_what_can_be_learnt() -> None:
     settings = config(unfreeze_depth=5, epochs=4, batch_size=16)
-    learner = Learner.make(small_network(5, batch_norm=True), settings)
+    learner = Learner(small_network(5, batch_norm=True), settings)
     progress = train(learner, patches(160), patches(80, 1), settings)
     assert progress.history[-1]["train_loss"] < 0.8 * progress.history[0]["train_loss"]
     assert max(record["val_roc_auc"] for record in progress.history) > 0.85
@@ -176,95 +145,149 @@ def test_the_rows_are_left_alone() -> None:
     np.testing.assert_array_equal(rows.images, before)
 
 
-def test_stopping_and_continuing_gives_bitwise_the_undisturbed_run() -> None:
-    rows, val = patches(21), patches(15, 1)
+class Killed(Exception):
+    """The end of a process, as far as the loop can tell."""
+
+
+def saved(learner: Learner, progress: Progress) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"weights": learner.kept.state_dict(), "learner": learner.state(), "progress": asdict(progress), "rng": torch.get_rng_state()}, buffer)
+    return buffer.getvalue()
+
+
+def restored(checkpoint: bytes, settings: Any) -> tuple[Learner, Progress]:
+    """What a new process makes of a checkpoint; whatever it draws itself must not matter."""
+    state = torch.load(io.BytesIO(checkpoint), weights_only=True)
+    torch.manual_seed(987)
+    learner = Learner(network(settings.unfreeze_depth, seed=987), settings)
+    learner.restore(state["weights"], state["learner"])
+    torch.set_rng_state(state["rng"])
+    return learner, Progress(**state["progress"])
+
+
+def assert_same_end(whole: tuple[Learner, Progress], other: tuple[Learner, Progress]) -> None:
+    for ours, theirs in zip((whole[0].model, whole[0].kept), (other[0].model, other[0].kept), strict=True):
+        for name, value in ours.state_dict().items():
+            assert torch.equal(value, theirs.state_dict()[name]), name
+    for ours, theirs in zip(whole[0].optimiser.state.values(), other[0].optimiser.state.values(), strict=True):
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert whole[0].schedule.state() == other[0].schedule.state()
+    assert [timeless(record) for record in whole[1].history] == [timeless(record) for record in other[1].history]
+    assert (whole[1].best_epoch, whole[1].best_value) == (other[1].best_epoch, other[1].best_value)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plateau": {"lr_patience_epochs": 0, "learning_rate": 0.003},
+    "one cycle, averaged, dropped out": {"schedule": "one_cycle", "optimiser": "adamw", "ema_decay": 0.8, "dropout": 0.3},
+    "thawing, accumulated": {
+        "schedule": "cosine",
+        "optimiser": "sgd",
+        "unfreeze_schedule": {1: 3, 3: 5},
+        "accumulate_steps": 2,
+        "stage_lr_factor": 0.5,
+    },
+}
+
+
+@pytest.mark.parametrize("within_epoch", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stopping_and_continuing_gives_bitwise_the_undisturbed_run(variant: str, within_epoch: bool) -> None:
+    rows, val = patches(37), patches(15, 1)
     val = replace(val, labels=1 - val.labels)  # learning makes this worse, which sets the schedule to work
-    changes: dict[str, Any] = {"depth": 2, "epochs": 4, "lr_patience_epochs": 0, "learning_rate": 0.01}
+    changes: dict[str, Any] = {"depth": 2, "epochs": 4, "learning_rate": 0.01} | VARIANTS[variant]
+    torch.manual_seed(5)
     undisturbed, settings = make(**changes)
     whole = train(undisturbed, rows, val, settings)
 
-    saved: list[bytes] = []
+    torch.manual_seed(5)
     first, _ = make(**changes)
+    checkpoints: list[bytes] = []
+    wishes = iter([Wish.GO_ON] * 3 + [Wish.CHECKPOINT, Wish.GO_ON, Wish.STOP])
 
-    class Killed(Exception):
-        pass
-
-    def checkpoint_then_die(now: Progress) -> None:
-        buffer = io.BytesIO()
-        torch.save({"weights": first.module.state_dict(), "learner": first.state(), "progress": asdict(now)}, buffer)
-        saved.append(buffer.getvalue())
+    def die_after_epoch(now: Progress) -> None:
+        checkpoints.append(saved(first, now))
         if now.epochs_done == 2:
             raise Killed
 
-    with pytest.raises(Killed):
-        train_epochs(first, rows, val, settings, Progress(), checkpoint_then_die)
-
-    state = torch.load(io.BytesIO(saved[-1]), weights_only=True)
-    torch.manual_seed(987)  # whatever the new process draws must not matter
-    module = network(2, seed=987)
-    module.load_state_dict(state["weights"])
-    resumed = Learner.make(module, settings)
-    resumed.restore(state["learner"])
-    progress = train(resumed, rows, val, settings, Progress(**state["progress"]))
-
-    for name, value in undisturbed.module.state_dict().items():
-        assert torch.equal(value, resumed.module.state_dict()[name]), name
-    for ours, theirs in zip(undisturbed.optimiser.state.values(), resumed.optimiser.state.values(), strict=True):
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert undisturbed.schedule.state_dict() == resumed.schedule.state_dict()
-    assert [timeless(record) for record in progress.history] == [timeless(record) for record in whole.history]
-    assert (progress.best_epoch, progress.best_value) == (whole.best_epoch, whole.best_value)
+    hooks = (
+        Hooks(wish=lambda: next(wishes), on_checkpoint=lambda now: checkpoints.append(saved(first, now)))
+        if within_epoch
+        else Hooks(on_epoch=die_after_epoch)
+    )
+    with pytest.raises(Interrupted if within_epoch else Killed):
+        train(first, rows, val, settings, hooks=hooks)
+    # The newest, and where there is one the one before it, which is what a killed process leaves.
+    for checkpoint in checkpoints[-2:]:
+        resumed, progress = restored(checkpoint, settings)
+        assert (progress.partial is not None) == within_epoch
+        train(resumed, rows, val, settings, progress)
+        assert_same_end((undisturbed, whole), (resumed, progress))
     assert len({record["learning_rate"] for record in whole.history}) > 1, "the schedule did nothing, so nothing of it was tested"
 
 
+def test_a_stop_names_where_it_fell_and_is_never_asked_for_after_the_last_step() -> None:
+    learner, settings = make(depth=0, batch_size=8)
+    asked = []
+
+    def wish() -> Wish:
+        asked.append(1)
+        return Wish.STOP if len(asked) == 2 else Wish.GO_ON
+
+    with pytest.raises(Interrupted, match="stopped within epoch 1, after step 2 of 3"):
+        train(learner, patches(21), patches(6, 1), settings, hooks=Hooks(wish=wish))
+    asked.append(1)
+    train(make(depth=0, batch_size=8)[0], patches(21), patches(6, 1), settings, hooks=Hooks(wish=wish))
+    assert len(asked) == 3 + 2
+
+
 def timeless(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key != "seconds"}
+    return {key: value for key, value in record.items() if "seconds" not in key}
 
 
 def test_training_stops_when_validation_no_longer_improves() -> None:
     learner, settings = make(depth=0, epochs=10, early_stopping_patience_epochs=2)
     seen = []
-    progress = Progress()
-    train_epochs(that_never_learns(learner, settings), patches(8), patches(6, 1), settings, progress, lambda now: seen.append(now.epochs_done))
+    hooks = Hooks(on_epoch=lambda now: seen.append(now.epochs_done))
+    progress = train(that_never_learns(learner), patches(8), patches(6, 1), settings, hooks=hooks)
     # Epoch 0 is the best; after two more without a better one it is over.
     assert seen == [1, 2, 3]
     assert progress.best_epoch == 0
-    train_epochs(learner, patches(8), patches(6, 1), settings, progress, lambda now: pytest.fail("went on after early stopping"))
+    train(learner, patches(8), patches(6, 1), settings, progress, Hooks(on_epoch=lambda now: pytest.fail("went on after early stopping")))
 
 
 def test_a_plateau_halves_the_learning_rate_down_to_the_floor() -> None:
     learner, settings = make(
         depth=0, epochs=8, early_stopping_patience_epochs=None, lr_patience_epochs=1, lr_factor=0.5, lr_floor=3e-4, learning_rate=1e-3
     )
-    progress = train(that_never_learns(learner, settings), patches(8), patches(6, 1), settings)
+    progress = train(that_never_learns(learner), patches(8), patches(6, 1), settings)
     rates = [record["learning_rate"] for record in progress.history]
     assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4, 5e-4, 3e-4, 3e-4, 3e-4])
 
 
 def test_without_epochs_the_initial_network_is_validated_once() -> None:
     learner, settings = make(depth=1, epochs=0)
-    before = state_of(learner.module)
+    before = state_of(learner.model)
     calls: list[Progress] = []
     progress = Progress()
     for _ in range(2):
-        train_epochs(learner, patches(10), patches(8, 1), settings, progress, lambda now: calls.append(copy.deepcopy(now)))
+        train(learner, patches(10), patches(8, 1), settings, progress, Hooks(on_epoch=lambda now: calls.append(copy.deepcopy(now))))
     assert len(calls) == 1
     assert (progress.epochs_done, progress.best_epoch) == (0, -1)
-    assert timeless(progress.history[0]).keys() == {"epoch", "train_loss", "val_loss", "val_roc_auc", "learning_rate", "rows"}
+    assert timeless(progress.history[0]).keys() == {"epoch", "depth", "train_loss", "val_loss", "val_roc_auc", "learning_rate", "rows"}
     assert (progress.history[0]["epoch"], progress.history[0]["train_loss"], progress.history[0]["rows"]) == (-1, None, 0)
-    assert all(torch.equal(value, before[name]) for name, value in learner.module.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in learner.model.state_dict().items())
 
 
-def test_a_training_loss_that_is_not_finite_ends_the_run_in_one_line() -> None:
+def test_a_training_loss_that_is_not_finite_ends_the_run_at_its_step() -> None:
     learner, settings = make(depth=1, learning_rate=1e30)
-    with pytest.raises(TrainingError, match=r"epoch 1: the training loss is (nan|inf) at learning rate 1e\+30; lower it"):
-        train(learner, patches(24), patches(6, 1), settings)
+    with pytest.raises(TrainingError, match=r"epoch 1, step 2 of 3: the training loss is not finite at learning rate 1e\+30; lower it"):
+        train(learner, patches(24), patches(6, 1), settings, hooks=Hooks(on_checkpoint=lambda now: pytest.fail("a checkpoint of nothing finite")))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_a_validation_loss_that_is_not_finite_ends_the_run_before_it_is_recorded() -> None:
     learner, settings = make(depth=5)
-    learner.module.get_submodule("bn1").running_var.fill_(-1e9)  # train mode does not look at it
+    learner.model.get_submodule("bn1").running_var.fill_(-1e9)  # train mode does not look at it
     progress = Progress()
     with pytest.raises(TrainingError, match=r"the validation loss is nan at learning rate 0\.001; lower it"):
         train(learner, patches(16), patches(6, 1), settings, progress)

@@ -12,8 +12,12 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from sentinode.config import AugmentConfig, TrainConfig
 from sentinode.dataset import Patches
-from sentinode.model import build_model, set_unfreeze_depth
-from sentinode.training import Learner, Progress, train_epochs
+from sentinode.encoders import set_unfreeze_depth
+from sentinode.ingest import ResidentRows
+from sentinode.learner import Learner
+from sentinode.model import build_model
+from sentinode.optimisation import Schedule
+from sentinode.training import Group, Hooks, Progress, train_epochs
 from tests.factories import learnable_patches
 
 PLAIN = AugmentConfig(dihedral=False, colour_jitter=0, hue_jitter=0)
@@ -45,20 +49,31 @@ def small_network(depth: int, *, batch_norm: bool) -> nn.Module:
     return model
 
 
-def train(learner: Learner, rows: Patches, val: Patches, config: TrainConfig, progress: Progress | None = None, **where: Any) -> Progress:
-    """Train and return the progress; `where` = rank and world_size."""
+def train(
+    learner: Learner,
+    rows: Patches,
+    val: Patches,
+    config: TrainConfig,
+    progress: Progress | None = None,
+    hooks: Hooks = Hooks(),  # noqa: B008 -- frozen
+    group: Group = Group(),  # noqa: B008 -- frozen
+) -> Progress:
+    """Train on rows in memory and return the progress."""
     progress = progress or Progress()
-    train_epochs(learner, rows, val, config, progress, lambda now: None, **where)
+    train_epochs(learner, ResidentRows(rows, group.device), val, config, progress, hooks, group)
     return progress
 
 
-def with_gradient_descent(learner: Learner) -> Learner:
-    """Plain gradient descent, whose steps are proportional to the gradient; Adam's first ones show its sign only."""
-    parameters = [parameter for parameter in learner.module.parameters() if parameter.requires_grad]
-    learner.optimiser = torch.optim.SGD(parameters, lr=0.01)
-    learner.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(learner.optimiser)
+def that_never_learns(learner: Learner) -> Learner:
+    """The same learner, its optimiser and schedule looking after a parameter that is not in the network."""
+    idle = torch.optim.SGD([{"params": nn.Linear(1, 1).parameters(), "initial_lr": learner.config.learning_rate}], lr=learner.config.learning_rate)
+    learner.optimiser = idle
+    learner.schedule = Schedule(idle, learner.config)
     return learner
 
+
+# Its steps are proportional to the gradient; Adam's first ones show its sign only.
+GRADIENT_DESCENT = {"optimiser": "sgd", "momentum": 0.0, "learning_rate": 0.01}
 
 SCENARIOS: dict[str, dict[str, Any]] = {
     "divides": {"rows": 32, "depth": 5, "batch_norm": False},
@@ -66,19 +81,23 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "a rank without rows": {"rows": 33, "depth": 5, "batch_norm": False},
     "frozen statistics": {"rows": 37, "depth": 0, "batch_norm": True},
     "statistics that train": {"rows": 33, "depth": 1, "batch_norm": True},
+    "accumulated batches": {"rows": 37, "depth": 5, "batch_norm": False, "config": {"accumulate_steps": 2, "clip_norm": 0.5, "learning_rate": 0.05}},
+    "thawing by and by": {"rows": 32, "depth": 0, "batch_norm": False, "config": {"epochs": 3, "unfreeze_schedule": {1: 1, 2: 5}}},
+    "averaged weights": {"rows": 37, "depth": 1, "batch_norm": True, "config": {"epochs": 2, "ema_decay": 0.9}},
 }
 VAL_ROWS = 21
 
 
 def run_scenario(name: str, rank: int, world_size: int) -> dict[str, Any]:
-    """Train one epoch on steps of 16 rows, however many ranks they are dealt to."""
+    """Train on steps of 16 rows, however many ranks and batches they are dealt to."""
     scenario = SCENARIOS[name]
+    changes = dict(scenario.get("config", {}))
+    batches_a_step = world_size * changes.get("accumulate_steps", 1)
+    settings = config(batch_size=16 // batches_a_step, eval_batch_size=5, unfreeze_depth=scenario["depth"], **GRADIENT_DESCENT | changes)
     module = small_network(scenario["depth"], batch_norm=scenario["batch_norm"])
-    settings = config(batch_size=16 // world_size, eval_batch_size=5)
-    distributed = nn.parallel.DistributedDataParallel(module) if world_size > 1 else module
-    learner = with_gradient_descent(Learner.make(distributed, settings))
-    progress = train(learner, patches(scenario["rows"]), patches(VAL_ROWS, 1), settings, rank=rank, world_size=world_size)
-    return {"weights": module.state_dict(), "history": progress.history}
+    learner = Learner(module, settings, world_size=world_size)
+    progress = train(learner, patches(scenario["rows"]), patches(VAL_ROWS, 1), settings, group=Group(rank, world_size))
+    return {"weights": learner.kept.state_dict(), "history": progress.history}
 
 
 def run_rank(rank: int, folder: Path) -> None:
