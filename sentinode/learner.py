@@ -49,7 +49,7 @@ class Learner:
         channels_last = config.channels_last is not False
         self.model = model.to(self.device, memory_format=torch.channels_last) if channels_last else model.to(self.device)  # type: ignore[call-overload]
         if world_size > 1 and config.sync_batch_norm and self.device.type == "cuda":
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # type: ignore[no-untyped-call]
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.optimiser = make_optimiser(self.model, config, world_size)
         self.schedule = Schedule(self.optimiser, config)
@@ -113,7 +113,7 @@ class Learner:
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add the gradients of `loss`; `last` = of the batches of this step, so that workers exchange the sum once."""
         with self._without_exchange() if not last else nullcontext():
-            self._scaler.scale(loss).backward()
+            self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def _without_exchange(self) -> AbstractContextManager[None]:
         tail = getattr(self._tail, "_orig_mod", self._tail)
@@ -144,7 +144,7 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """Return what, with the weights of `kept`, continues this learner exactly; tensors and plain values only."""
-        state = {"optimiser": self.optimiser.state_dict(), "schedule": self.schedule.state(), "scaler": self._scaler.state_dict()}
+        state: dict[str, Any] = {"optimiser": self.optimiser.state_dict(), "schedule": self.schedule.state(), "scaler": self._scaler.state_dict()}
         if self._average is not None:
             state |= {"raw_weights": state_for_storage(self.model), "averaged_steps": int(self._average.n_averaged)}
         return state
@@ -161,6 +161,11 @@ class Learner:
         # The trunk is a copy of stages whose weights have just changed.
         depth, self.depth = self.depth, -1
         self.set_depth(depth)
+
+
+def _averaged(model: nn.Module, decay: float) -> AveragedModel:
+    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
 
 
 class _InFormat(nn.Module):

@@ -218,9 +218,9 @@ def train_epochs(
     while not progress.is_over(config):
         learner.set_depth(config.depth_at(progress.epochs_done))
         record = _Epoch(learner, source, weights, config, progress, hooks, group).run()
-        record |= _validate(learner, val, weights, config, group)
-        learner.schedule.after_epoch(record["val_loss"])
-        progress.add(record, config.selection_metric)
+        validation = _validate(learner, val, weights, config, group)
+        learner.schedule.after_epoch(validation["val_loss"])
+        progress.add(record | validation, config.selection_metric)
         hooks.on_epoch(progress)
 
 
