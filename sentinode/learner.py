@@ -53,7 +53,7 @@ class Learner:
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.optimiser = make_optimiser(self.model, config, world_size)
         self.schedule = Schedule(self.optimiser, config)
-        self._average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True) if config.ema_decay else None
+        self._average = _averaged(self.model, config.ema_decay) if config.ema_decay else None
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self._trunk: nn.Module | None = None
         self._tail: nn.Module = model
