@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from sentinode.config import AugmentConfig
 from sentinode.jpeg import compress
+from sentinode.preprocess import to_unit_nchw
 from sentinode.stain import jitter_stains
 
 _DRAWS = 16
@@ -37,28 +38,38 @@ def augment(batch: torch.Tensor, draws: torch.Tensor, config: AugmentConfig) -> 
 
     Parameters
     ----------
-    batch : float tensor, shape (n, 3, side, side), 0..1, RGB
+    batch : uint8 tensor, shape (n, side, side, 3), or float tensor, shape (n, 3, side, side), 0..1; RGB
+        The same comes out of both; uint8 is faster.
     draws : float tensor, shape (n, 16), uniform in [0, 1)
         The rows of `draw` that belong to these patches, on the same device.
     config : AugmentConfig
 
     Returns
     -------
-    float tensor of the same shape, 0..1, contiguous
+    float tensor, shape (n, 3, side, side), 0..1, contiguous
     """
     if batch.device.type != "cpu":
         return _augment(batch, draws, config)
-    pieces = zip(torch.split(batch, _CPU_ROWS), torch.split(draws, _CPU_ROWS), strict=True)
-    return torch.cat([_augment(patches, numbers, config) for patches, numbers in pieces])
+    side_px = batch.shape[2]
+    result = torch.empty((len(batch), 3, side_px, side_px), dtype=torch.float32 if batch.dtype == torch.uint8 else batch.dtype)
+    for start in range(0, len(batch), _CPU_ROWS):
+        rows = slice(start, start + _CPU_ROWS)
+        result[rows] = _augment(batch[rows], draws[rows], config)
+    return result
 
 
 def _augment(batch: torch.Tensor, draws: torch.Tensor, config: AugmentConfig) -> torch.Tensor:
-    batch = batch.contiguous()  # planes: twice as fast here and in the resizing that follows
+    is_stored = batch.dtype == torch.uint8
+    if is_stored:
+        batch = batch.permute(0, 3, 1, 2)
     if config.dihedral:
         batch = dihedral(batch, (draws[:, 0] * 8).long().clamp_(max=7))
     if config.flip:
         # Elements 0, 4, 6 and 2: nothing, left-right, top-bottom, both.
         batch = dihedral(batch, ((draws[:, 0] < 0.5).long() * 4 + (draws[:, 1] < 0.5).long() * 6) % 8)
+    if is_stored:
+        batch = to_unit_nchw(batch.permute(0, 2, 3, 1))
+    batch = batch.contiguous()  # planes: twice as fast below and in the resizing that follows
     if config.rotation_deg:
         batch = rotate(batch, (draws[:, 2] * 2 - 1) * math.radians(config.rotation_deg))
     if config.stain_jitter:

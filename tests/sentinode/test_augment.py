@@ -121,6 +121,16 @@ def test_a_row_looks_the_same_on_whatever_rank_it_falls(ranks: int) -> None:
             assert (mine - whole[rows]).abs().mean() < 1e-4
 
 
+@pytest.mark.parametrize("config", [AugmentConfig(), SEED_PRESET, EVERYTHING, NOTHING], ids=["default", "seed", "everything", "nothing"])
+def test_pixels_as_they_are_stored_become_the_same(config: AugmentConfig) -> None:
+    images, draws = torch.from_numpy(random_patches(37)), draw(0, 3, 37)
+    before = images.clone()
+    result = augment(images, draws, config)
+    assert torch.equal(result, augment(to_unit_nchw(images), draws, config))
+    assert result.is_contiguous()
+    assert torch.equal(images, before)
+
+
 @pytest.mark.parametrize("config", SINGLE.values(), ids=SINGLE)
 def test_nothing_moves_the_centre(config: AugmentConfig) -> None:
     batch = torch.tensor([0.85, 0.7, 0.8]).view(1, 3, 1, 1).repeat(64, 1, 96, 96)
@@ -149,8 +159,9 @@ def test_each_augmentation_does_something_in_each_epoch_something_else(config: A
 
 def test_no_step_needs_values_back_from_the_device() -> None:
     # Tensors without values: whatever would wait for a GPU raises.
-    result = augment(patches(20).to("meta"), draw(0, 0, 20).to("meta"), EVERYTHING)
-    assert result.shape == (20, 3, 96, 96)
+    draws = draw(0, 0, 20).to("meta")
+    for batch in (patches(20), torch.from_numpy(random_patches(20))):
+        assert augment(batch.to("meta"), draws, EVERYTHING).shape == (20, 3, 96, 96)
 
 
 @pytest.mark.gpu
@@ -295,6 +306,17 @@ def test_blurring_and_compressing_are_independent() -> None:
     for one in (blurred, ~blurred):
         for other in (compressed, ~compressed):
             assert (one & other).sum() > 30
+
+
+def test_no_two_augmentations_share_a_number() -> None:
+    batch, draws = patches(8, 32), draw(0, 0, 8)
+    users = []
+    for column in range(16):
+        other = draws.clone()
+        other[:, column] = 1 - other[:, column]
+        users.append({name for name, config in SINGLE.items() if not torch.equal(augment(batch, other, config), augment(batch, draws, config))})
+    assert set.union(*users) == set(SINGLE)
+    assert all(len(names - {"flip"}) <= 1 for names in users)  # flip is never used together with dihedral
 
 
 def test_the_largest_blur_and_the_lowest_quality_are_the_configured_ones() -> None:
