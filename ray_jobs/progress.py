@@ -1,5 +1,6 @@
-"""Progress from workers to the terminal of the driver."""
+"""What the processes of a run tell each other: workers tell the terminal how far they are, the terminal tells workers to stop."""
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +13,12 @@ _POLL_S = 0.5
 
 @ray.remote(num_cpus=0)
 class ProgressLog:
-    """Keeps the records that workers add, in order."""
+    """Keeps the records that are added, in order, and one wish: to stop."""
 
     def __init__(self) -> None:
         self._records: list[dict[str, Any]] = []
+        self._stop = asyncio.Event()
+        self._heard = False
 
     def add(self, record: dict[str, Any]) -> None:
         """Append one record."""
@@ -25,11 +28,25 @@ class ProgressLog:
         """Return the records from index `start` on."""
         return self._records[start:]
 
+    def request_stop(self) -> bool:
+        """Let `stop_requested` return; tell whether anybody has called it."""
+        self._stop.set()
+        return self._heard
+
+    async def stop_requested(self) -> bool:
+        """Return, True, once a stop is requested."""
+        self._heard = True
+        return await self._stop.wait()
+
 
 @contextmanager
 def following(show: Callable[[dict[str, Any]], None]) -> Iterator[Any]:
-    """Yield a ProgressLog actor for workers; `show` is called once for each record, in the driver, while the block runs."""
-    log = ProgressLog.remote()  # type: ignore[attr-defined]
+    """Yield a ProgressLog actor; `show` is called once for each record, in the driver, while the block runs."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # Beside the driver: on any other node it would be lost with that node, though the run is not.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    log = ProgressLog.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     stop = threading.Event()
     seen = 0
 

@@ -12,8 +12,10 @@ from sentinode.errors import UsageError
 from sentinode.storage import write_json
 
 REQUEST_FILE = "request.json"
-# Change how a run is carried out, not what comes out.
-_OPERATIONAL = {"max_failures", "max_concurrent_trials"}
+# Change how a run is carried out, not what comes out: repairs, trials at a time, who is told, and how often the state is saved (training goes on
+# from a checkpoint as if there had been none). Not here: workers, cpus_per_worker, precision, compile, channels_last and eval_batch_size round
+# differently, ingest and stream_window_rows order the rows differently.
+_OPERATIONAL = {"max_failures", "max_concurrent_trials", "trackers", "mlflow_uri", "mlflow_experiment", "checkpoint_interval_s"}
 
 
 @dataclass(frozen=True)

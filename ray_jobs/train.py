@@ -3,37 +3,45 @@
     python -m ray_jobs.train --data out/data --out out/run --set workers=2                         # CPU
     python -m ray_jobs.train --data /shared/data --out /shared/run --set workers=8 use_gpu=true    # 8 GPUs
 
-Ends with <out>/bundle. Stopped in any way, the same command continues from the last epoch.
+Ends with <out>/bundle. Stopped in any way, the same command continues from the last checkpoint.
 """
 
 import argparse
+import os
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
+from ray_jobs.checkpoints import best_and_last, last_good, tidy
 from ray_jobs.cluster import Need, check_capacity, connected, signal_handlers_kept, wants_gpus
+from ray_jobs.failures import task_error, training_error
 from ray_jobs.progress import following
 from ray_jobs.run_folder import RunRequest, open_finished_bundle
+from ray_jobs.run_inputs import LoadedRows, initial_weights, load_rows
+from ray_jobs.stopping import StopOnSignal
+from ray_jobs.tracking import RunFacts, Tracking, check_trackers, tracking
+from ray_jobs.train_loop import Loop, train_loop_per_worker
 from ray_jobs.verb import add_common_arguments, config_from, main_of, say
 from sentinode.bundle import Bundle
 from sentinode.config import TrainConfig
 from sentinode.dataset import Patches, PreparedDataset
-from sentinode.errors import SentinodeError, StoppedError, TrainingError, one_line, root_of
-from sentinode.finishing import finish_bundle, split_calibration
-from sentinode.model import build_model, set_unfreeze_depth, state_for_storage
+from sentinode.errors import SentinodeError, StoppedError, TrainingError, UsageError
+from sentinode.finishing import finish_bundle
 from sentinode.storage import exclusive, local_path
-from sentinode.training import Learner, Progress, train_epochs
+from sentinode.training import Progress
+from sentinode.versions import git_commit, library_versions
 
-_STATE_FILE = "state.pt"
-_WEIGHTS_FILE = "model.safetensors"
 # Worker groups that could not be started before a run gives up: enough for a node that dies while starting, not for ever.
 _START_FAILURES = 3
+# How often Ray Train's controller looks after the workers; its own 2 s delay what is told of an epoch, and every repair.
+_POLL_S = 0.5
+# How often an elastic run looks whether the cluster has room for more workers; each change starts them all anew.
+_RESIZE_CHECK_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -53,21 +61,6 @@ class TrainResult:
     already_complete: bool
 
 
-@dataclass(frozen=True)
-class LoadedRows:
-    """References to the rows of a run, once per node in shared memory.
-
-    Attributes
-    ----------
-    train, val, calibration : ObjectRef of Patches
-        To train on, to choose the epoch by, and to calibrate on.
-    """
-
-    train: Any
-    val: Any
-    calibration: Any
-
-
 def train(config: TrainConfig, data: str | Path, out: str | Path, *, verbose: bool = False) -> TrainResult:
     """Train until done and write `<out>/bundle`; continues what an earlier call with the same arguments began.
 
@@ -77,26 +70,26 @@ def train(config: TrainConfig, data: str | Path, out: str | Path, *, verbose: bo
     data : str or Path
         A prepared data set.
     out : str or Path
-        The run's folder: checkpoints in `checkpoint_*`, the result in `bundle`.
+        The run's folder: checkpoints in `checkpoint_*`, trackers' files, the result in `bundle`.
 
     Raises
     ------
     UsageError
-        `data` is not a prepared data set, `out` belongs to another run, or the weights cannot be had.
+        `data` is not a prepared data set, `out` belongs to another run, the weights cannot be had, or a tracker needs its extra.
     CapacityError
         The cluster has too few CPUs or GPUs.
     TrainingError
-        Workers failed more than `max_failures` times, or a loss was not finite.
+        Workers failed more than `max_failures` times, a loss was not finite, or the disk is full.
     StoppedError
         Interrupted; a later call continues.
     """
     dataset = PreparedDataset.open(data)
     folder = local_path(out)
-    if config.weights != "none":
-        # Weights that cannot be had are wrong use, found here in a second rather than by every worker in turn.
-        build_model(config.arch, weights=config.weights)
-    elif config.unfreeze_depth < 5:
-        say(f"warning: weights none with unfreeze_depth {config.unfreeze_depth}: the frozen stages stay random")
+    check_trackers(config)
+    # Weights that cannot be had are wrong use, found here in a second.
+    initial = initial_weights(config)
+    if config.weights == "none" and config.max_depth < 5:
+        say(f"warning: weights none with unfreeze_depth {config.max_depth}: the frozen stages stay random")
     with exclusive(folder):
         request = RunRequest(folder, "train", config, dataset.manifest.fingerprint, dataset.manifest.split.folds)
         request.check()
@@ -107,60 +100,66 @@ def train(config: TrainConfig, data: str | Path, out: str | Path, *, verbose: bo
             use_gpu = wants_gpus(config.use_gpu, config.min_workers)
             check_capacity(Need(config.min_workers, config.cpus_per_worker, int(use_gpu)), "train")
             request.claim()
-            rows = load_rows(dataset, config)
-            with following(lambda record: say(_describe_epoch(record, config))) as log:
-                _fit(config, dataset, folder, rows, use_gpu=use_gpu, log=log)
-            best = best_checkpoint(folder, config)
-            if best is None:
-                raise TrainingError(f"{folder}: the run left no checkpoint")
-            weights, progress = best
-            bundle = finish(weights, rows, config, dataset, folder / "bundle", name=folder.name, use_gpu=use_gpu)
+            _, last = best_and_last(folder)
+            rows = load_rows(dataset, config, last.ingest if last else None)
+            with tracking(config, folder, _facts(folder, config, dataset)) as trackers:
+                _record(trackers, last.progress if last else None)
+                if last is None or not (last.progress.history and last.progress.is_over(config)):
+                    _fit(config, folder, rows, ray.put(initial), use_gpu=use_gpu, trackers=trackers)
+                best = best_checkpoint(folder)
+                if best is None:
+                    raise TrainingError(f"{folder}: the run left no checkpoint")
+                weights, progress = best
+                _record(trackers, progress)
+                bundle = finish(weights, rows, config, dataset, folder / "bundle", name=folder.name, use_gpu=use_gpu)
+                trackers.end("finished", _result(bundle))
     return TrainResult(bundle, progress.history, already_complete=False)
 
 
-def load_rows(dataset: PreparedDataset, config: TrainConfig) -> LoadedRows:
-    """Read the rows into Ray's shared memory, in a task, so that the driver does not hold them.
-
-    Raises
-    ------
-    SentinodeError
-        The data set cannot be read, or lacks the split or fold.
-    """
-    one_set = config.calibration_fraction == 0
-    task = _load_rows.options(num_returns=2 if one_set else 3)
-    train_ref, val_ref, *more = task.remote(dataset, config.fold, config.calibration_fraction, config.seed)
-    calibration_ref = val_ref if one_set else more[0]
-    try:
-        # Fails where the task failed; only the small split travels to the driver.
-        ray.get(calibration_ref)
-    except ray.exceptions.RayError as error:
-        raise task_error(error, "reading the data set") from error
-    return LoadedRows(train_ref, val_ref, calibration_ref)
+def _facts(folder: Path, config: TrainConfig, dataset: PreparedDataset) -> RunFacts:
+    facts = {"data_fingerprint": dataset.manifest.fingerprint, "git_commit": git_commit(), "fold": config.fold, **library_versions()}
+    return RunFacts(folder.name, config.model_dump(mode="json"), {name: str(value) for name, value in facts.items() if value is not None})
 
 
-@ray.remote(num_cpus=1)
-def _load_rows(dataset: PreparedDataset, fold: int | None, calibration_fraction: float, seed: int) -> tuple[Patches, ...]:
-    rows, val = dataset.read_train_and_val(fold)
-    if calibration_fraction == 0:
-        return rows, val
-    return rows, *split_calibration(val, calibration_fraction, seed)
+def _record(trackers: Tracking, progress: Progress | None) -> None:
+    """Give trackers what has been trained before they were there; they pass over what they have."""
+    for record in progress.history if progress is not None else ():
+        trackers.add(record)
+
+
+def _result(bundle: Bundle) -> dict[str, float | str]:
+    manifest = bundle.manifest
+    numbers = {f"bundle_{name}": value for name, value in manifest.metrics.items() if isinstance(value, int | float)}
+    return {"bundle_digest": manifest.digest, "bundle_threshold": manifest.threshold, **numbers}
 
 
 def make_trainer(
-    config: TrainConfig, dataset: PreparedDataset, folder: Path, rows: LoadedRows, *, use_gpu: bool, log: Any = None, callbacks: Sequence[Any] = ()
+    config: TrainConfig,
+    folder: Path,
+    rows: LoadedRows,
+    initial: Any,
+    *,
+    use_gpu: bool,
+    log: Any = None,
+    checkpoint_interval_s: float | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> Any:
     """Return a TorchTrainer whose run lies in `folder`; `.fit()` resumes a run that lies there already.
 
-    `log` is a ProgressLog actor or None; `callbacks` are Ray Train's.
+    `initial` is a reference to `initial_weights`, `log` a ProgressLog actor or None; `callbacks` are Ray Train's.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    tidy(folder)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_POLL_S))
     resources = {"CPU": config.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
     return TorchTrainer(
         train_loop_per_worker,
-        train_loop_config={"config": config, "rows": rows, "log": log, "device_count": int(use_gpu)},
-        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=use_gpu, resources_per_worker=resources),
+        train_loop_config={"loop": Loop(config, folder, rows, initial, log, checkpoint_interval_s)},
+        scaling_config=ScalingConfig(
+            num_workers=config.workers, use_gpu=use_gpu, resources_per_worker=resources, elastic_resize_monitor_interval_s=_RESIZE_CHECK_S
+        ),
         run_config=RunConfig(
             name=folder.name,
             storage_path=str(folder.parent),
@@ -176,129 +175,69 @@ def make_trainer(
     )
 
 
-def _fit(config: TrainConfig, dataset: PreparedDataset, folder: Path, rows: LoadedRows, *, use_gpu: bool, log: Any) -> None:
+def _fit(config: TrainConfig, folder: Path, rows: LoadedRows, initial: Any, *, use_gpu: bool, trackers: Tracking) -> None:
     from ray.train import TrainingFailedError
 
-    trainer = make_trainer(config, dataset, folder, rows, use_gpu=use_gpu, log=log)
-    try:
-        with signal_handlers_kept():
-            result = trainer.fit()
-    except TrainingFailedError as error:
-        raise training_error(error, folder) from error
-    except SystemExit as error:  # what Ray Train's own Ctrl-C handler ends with
-        raise StoppedError(f"stopped; repeat the command to continue from the last epoch in {folder}") from error
-    if result.return_value:
-        raise TrainingError(result.return_value)
+    from ray_jobs.train_callback import TellDriver
+
+    def show(record: dict[str, Any]) -> None:
+        if record["kind"] == "note":
+            say(record["text"])
+            return
+        say(_describe_epoch(record, config))
+        trackers.add(record)
+
+    with following(show) as log:
+        trainer = make_trainer(
+            config,
+            folder,
+            rows,
+            initial,
+            use_gpu=use_gpu,
+            log=log,
+            checkpoint_interval_s=config.checkpoint_interval_s,
+            callbacks=[TellDriver(log, config.max_failures)],
+        )
+        stop = StopOnSignal(log)
+        trainer._register_sigint_handler = stop.install
+        try:
+            with signal_handlers_kept():
+                outcome = trainer.fit().return_value or {}
+        except TrainingFailedError as error:
+            raise _with_last_good(training_error(error, folder), folder) from error
+        except ray.exceptions.RayActorError as error:
+            if not stop.requested:
+                raise
+            raise StoppedError(f"stopped; repeat the command to continue from the last checkpoint in {folder}") from error
+        finally:
+            stop.over()
+    if "usage" in outcome:
+        raise UsageError(outcome["usage"])
+    if "failed" in outcome:
+        raise _with_last_good(TrainingError(outcome["failed"]), folder)
+    if stop.requested:
+        raise StoppedError(f"{outcome.get('stopped', 'stopped')}; repeat the command to continue from there ({folder})")
 
 
-def training_error(error: Exception, folder: Path) -> SentinodeError:
-    """Turn what Ray Train raises into one line; an error of our own inside a worker comes back as itself."""
-    failures = getattr(error, "worker_failures", None) or {}
-    roots = [root_of(failure) for failure in failures.values()] or [root_of(error)]
-    # Where one rank fails, the others fail on the broken connection to it: an error of our own says more than theirs.
-    root = next((root for root in roots if isinstance(root, SentinodeError)), roots[0])
-    if isinstance(root, SentinodeError):
-        return root
-    return TrainingError(f"training failed: {one_line(root)} (checkpoints so far in {folder}; -v shows the traceback)")
+def _with_last_good(error: SentinodeError, folder: Path) -> SentinodeError:
+    """Name the checkpoint that is left."""
+    if not isinstance(error, TrainingError):
+        return error
+    good = last_good(folder)
+    left = f"the last good checkpoint is {good.path}, {good.where}" if good is not None else "there is no checkpoint yet"
+    return TrainingError(f"{error}; {left}")
 
 
-def task_error(error: ray.exceptions.RayError, what: str) -> SentinodeError:
-    """Turn the failure of a Ray task of ours into one line."""
-    root = root_of(error)
-    return root if isinstance(root, SentinodeError) else SentinodeError(f"{what} failed: {one_line(root)}")
-
-
-def train_loop_per_worker(loop: dict[str, Any]) -> str | None:
-    """Ray Train's per-worker function: join the group, continue from the last checkpoint, train, checkpoint each epoch.
-
-    Returns a one-line reason where the numbers stopped being finite, which no restart would mend; None when done.
-    """
-    import ray.train
-    import ray.train.torch
-
-    config: TrainConfig = loop["config"]
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    torch.set_num_threads(config.cpus_per_worker)
-    if device.type == "cpu":
-        torch.use_deterministic_algorithms(True)
-    rows: LoadedRows = loop["rows"]
-    train_rows, val_rows = ray.get([rows.train, rows.val])
-
-    torch.manual_seed(config.seed)
-    model = build_model(config.arch, weights=config.weights)
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    set_unfreeze_depth(model, config.unfreeze_depth)
-    progress, learner_state = Progress(), None
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as directory:
-            progress, learner_state = _restore(model, Path(directory), rank)
-    learner = Learner.make(ray.train.torch.prepare_model(model), config)
-    if learner_state is not None:
-        learner.restore(learner_state)
-
-    def on_epoch(now: Progress) -> None:
-        with tempfile.TemporaryDirectory() as directory:
-            if rank == 0:
-                _save(learner, now, Path(directory))
-            torch.save(torch.get_rng_state(), Path(directory) / f"rng_rank{rank}.pt")
-            metrics = {key: value for key, value in now.history[-1].items() if value is not None}
-            metrics |= {"epochs_done": now.epochs_done, "improvement": now.improvement}
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(directory))
-        if rank == 0 and loop["log"] is not None:
-            loop["log"].add.remote(now.history[-1] | {"best_epoch": now.best_epoch})
-
-    try:
-        train_epochs(learner, train_rows, val_rows, config, progress, on_epoch, rank=rank, world_size=world_size, device=device)
-    except TrainingError as error:
-        return str(error)
-    return None
-
-
-def _save(learner: Learner, progress: Progress, directory: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file(state_for_storage(learner.module), directory / _WEIGHTS_FILE)
-    torch.save(learner.state() | {"progress": asdict(progress)}, directory / _STATE_FILE)
-
-
-def _restore(model: torch.nn.Module, directory: Path, rank: int) -> tuple[Progress, dict[str, Any]]:
-    from safetensors.torch import load_file
-
-    model.load_state_dict(load_file(directory / _WEIGHTS_FILE))
-    state = torch.load(directory / _STATE_FILE, map_location="cpu", weights_only=True)
-    rng = directory / f"rng_rank{rank}.pt"
-    if rng.exists():  # an elastic group may have grown since
-        torch.set_rng_state(torch.load(rng, weights_only=True))
-    return Progress(**state["progress"]), state
-
-
-def best_checkpoint(folder: Path, config: TrainConfig) -> tuple[dict[str, torch.Tensor], Progress] | None:
-    """Return the weights of the best epoch of a run and its progress; None where the run has no checkpoint yet.
+def best_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], Progress] | None:
+    """Return the weights of the best epoch of a run and its progress; None where no epoch is done yet.
 
     Raises
     ------
     TrainingError
         The checkpoint of the best epoch is gone.
     """
-    from ray.train import Result
-    from safetensors.torch import load_file
-
-    if not (folder / "checkpoint_manager_snapshot.json").exists():
-        return None
-    kept = Result.from_path(str(folder)).best_checkpoints or []
-    if not kept:
-        return None
-    last = max(kept, key=lambda item: item[1]["epoch"])
-    state = torch.load(Path(last[0].path) / _STATE_FILE, map_location="cpu", weights_only=True)
-    progress = Progress(**state["progress"])
-    best = next((item for item in kept if item[1]["epoch"] == progress.best_epoch), None)
-    if best is None:
-        raise TrainingError(f"{folder}: the checkpoint of the best epoch, {progress.best_epoch}, is gone")
-    return load_file(Path(best[0].path) / _WEIGHTS_FILE), progress
+    best, last = best_and_last(folder)
+    return (best.weights(), last.progress) if best is not None and last is not None else None
 
 
 def finish(
@@ -322,16 +261,23 @@ def _finish(
 
 
 def _describe_epoch(record: dict[str, Any], config: TrainConfig) -> str:
+    auc = record.get("val_roc_auc")
+    validation = f"val loss {record['val_loss']:.4f}  val AUC {'-' if auc is None else format(auc, '.4f')}"
     if record["epoch"] < 0:
-        return f"initial weights: validation loss {record['val_loss']:.4f}"
-    auc = record["val_roc_auc"]
-    best = "  best so far" if record["best_epoch"] == record["epoch"] else ""
+        return f"initial weights: {validation}"
+    best = "  best so far" if record["improvement"] else ""
     speed = record["rows"] / max(record["seconds"], 1e-9)
-    left = (config.epochs - record["epoch"] - 1) * record["seconds"]
+    left = (config.epochs - record["epoch"] - 1) * (record["seconds"] + record["val_seconds"])
     return (
-        f"epoch {record['epoch'] + 1}/{config.epochs}  loss {record['train_loss']:.4f}  val loss {record['val_loss']:.4f}  "
-        f"val AUC {'-' if auc is None else format(auc, '.4f')}  lr {record['learning_rate']:.2g}  {speed:.0f} images/s  {left:.0f} s left{best}"
+        f"epoch {record['epoch'] + 1}/{config.epochs}  loss {record['train_loss']:.4f}  {validation}  "
+        f"lr {record['learning_rate']:.2g}  {speed:.0f} images/s  {_duration(left)} left{best}"
     )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

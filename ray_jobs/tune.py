@@ -17,23 +17,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import yaml
 
 from ray_jobs.cluster import Need, capacity, check_capacity, connected, signal_handlers_kept, wants_gpus
-from ray_jobs.run_folder import RunRequest, open_finished_bundle
+from ray_jobs.run_folder import REQUEST_FILE, RunRequest, open_finished_bundle
+from ray_jobs.run_inputs import LoadedRows, initial_weights, load_rows
 from ray_jobs.sweep_report import TrialSummary, describe_point, rank, render, trials_table
-from ray_jobs.train import LoadedRows, best_checkpoint, finish, load_rows, make_trainer
+from ray_jobs.train import best_checkpoint, finish, make_trainer
 from ray_jobs.verb import add_common_arguments, config_from, main_of, say
 from sentinode.bundle import Bundle
 from sentinode.config import AshaConfig, Choice, Domain, Grid, LogUniform, RandInt, SweepConfig, TrainConfig, Uniform
 from sentinode.dataset import PreparedDataset
-from sentinode.errors import ConfigError, StoppedError, TrainingError, one_line, root_of
-from sentinode.model import build_model
-from sentinode.storage import exclusive, local_path, write_text_atomic
+from sentinode.errors import ConfigError, StoppedError, TrainingError, UsageError, one_line, root_of
+from sentinode.storage import exclusive, local_path, write_json, write_text_atomic
 
 # A trial's driver only waits; Ray refuses 0 for it.
 _DRIVER_CPUS = 0.1
-_ROW_FIELDS = ("fold", "calibration_fraction", "seed")
+_ROW_FIELDS = ("fold", "calibration_fraction", "seed", "ingest")
+_WEIGHT_FIELDS = ("arch", "weights", "input_size_px", "seed")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def tune(config: SweepConfig, data: str | Path, out: str | Path, *, verbose: boo
     dataset, folder = PreparedDataset.open(data), local_path(out)
     base = config.train_config({})
     if "weights" not in config.space and base.weights != "none":
-        build_model(base.arch, weights=base.weights)
+        initial_weights(base)
     elif base.weights == "none" and _smallest_depth(config, base) < 5:
         say("warning: weights none with unfreeze_depth below 5 in the space: the frozen stages of those trials stay random")
     with exclusive(folder):
@@ -91,14 +93,14 @@ def tune(config: SweepConfig, data: str | Path, out: str | Path, *, verbose: boo
             if best.value is None:
                 raise TrainingError(f"every trial failed; the first: {best.error or 'no epoch was finished'} (see {folder / 'trials'})")
             best_config = config.train_config(best.point)
-            kept = best_checkpoint(folder / "trials" / best.trial_id, best_config)
+            kept = best_checkpoint(folder / "trials" / best.trial_id)
             if kept is None:
                 raise TrainingError(f"{folder / 'trials' / best.trial_id}: the checkpoints of the best trial are gone")
             write_text_atomic(folder / "trials.csv", trials_table(trials).to_csv(index=False))
             write_text_atomic(folder / "best.yaml", best_yaml(best, best_config, config.metric))
             write_text_atomic(folder / "report.html", render(trials, config, dataset))
             # Last: a sweep with a bundle is complete.
-            same_rows = _row_key(best_config) == _row_key(base)
+            same_rows = _key(best_config, _ROW_FIELDS) == _key(base, _ROW_FIELDS)
             best_rows = rows if same_rows else load_rows(dataset, best_config)
             bundle = finish(kept[0], best_rows, best_config, dataset, folder / "bundle", name=folder.name, use_gpu=use_gpu)
     return TuneResult(bundle, trials, already_complete=False)
@@ -112,8 +114,8 @@ def _smallest_depth(config: SweepConfig, base: TrainConfig) -> int:
     return min(values)
 
 
-def _row_key(config: TrainConfig) -> tuple[Any, ...]:
-    return tuple(getattr(config, name) for name in _ROW_FIELDS)
+def _key(config: TrainConfig, fields: tuple[str, ...]) -> tuple[Any, ...]:
+    return tuple(getattr(config, name) for name in fields)
 
 
 def _concurrency(config: SweepConfig, base: TrainConfig, use_gpu: bool) -> int:
@@ -140,10 +142,9 @@ def _search(config: SweepConfig, base: TrainConfig, dataset: PreparedDataset, fo
     trials_folder = folder / "trials"
     trials_folder.mkdir(exist_ok=True)
     # Parameters go through Ray's object store once, not into every trial.
+    shared = Shared(base, rows, None if "weights" in config.space else ray.put(initial_weights(base)))
     trainable = ray_tune.with_resources(
-        ray_tune.with_parameters(
-            run_trial, sweep=config, dataset=dataset, trials_folder=trials_folder, shared=(_row_key(base), rows), use_gpu=use_gpu
-        ),
+        ray_tune.with_parameters(run_trial, sweep=config, dataset=dataset, trials_folder=trials_folder, shared=shared, use_gpu=use_gpu),
         {"CPU": _DRIVER_CPUS},
     )
     progress = SweepProgress(config.metric, _number_of_trials(config), say)
@@ -215,21 +216,41 @@ def _scheduler(config: SweepConfig, base: TrainConfig) -> Any:
     )
 
 
-def run_trial(
-    point: dict[str, Any], *, sweep: SweepConfig, dataset: PreparedDataset, trials_folder: Path, shared: tuple[Any, LoadedRows], use_gpu: bool
-) -> None:
+@dataclass(frozen=True)
+class Shared:
+    """What trials have in common, put into Ray's shared memory once.
+
+    Attributes
+    ----------
+    base : TrainConfig
+        What it was made for; a trial that differs in that makes its own.
+    rows : LoadedRows
+    initial : ObjectRef of dict of str to tensor, or None
+        Weights to start from; None where the sweep searches over them.
+    """
+
+    base: TrainConfig
+    rows: LoadedRows
+    initial: Any
+
+
+def run_trial(point: dict[str, Any], *, sweep: SweepConfig, dataset: PreparedDataset, trials_folder: Path, shared: Shared, use_gpu: bool) -> None:
     """One trial: a driver that runs a DDP training of its own (the only way Ray 2.60 joins Tune and Train)."""
     from ray import tune as ray_tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
     config = sweep.train_config(point)
-    shared_key, shared_rows = shared
-    rows = shared_rows if _row_key(config) == shared_key else load_rows(dataset, config)
+    rows = shared.rows if _key(config, _ROW_FIELDS) == _key(shared.base, _ROW_FIELDS) else load_rows(dataset, config)
+    same_weights = shared.initial is not None and _key(config, _WEIGHT_FIELDS) == _key(shared.base, _WEIGHT_FIELDS)
+    initial = shared.initial if same_weights else ray.put(initial_weights(config))
     # The name holds nothing that changes, so that a trial begun again finds its checkpoints.
     folder = trials_folder / str(ray_tune.get_context().get_trial_id())
-    reason = make_trainer(config, dataset, folder, rows, use_gpu=use_gpu, callbacks=[TuneReportCallback()]).fit().return_value
-    if reason:
-        raise TrainingError(reason)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / REQUEST_FILE, {"verb": "trial"})
+    # No checkpoints within an epoch: Tune would take them for results.
+    trainer = make_trainer(config, folder, rows, initial, use_gpu=use_gpu, callbacks=[TuneReportCallback()])
+    for kind, message in (trainer.fit().return_value or {}).items():
+        raise UsageError(message) if kind == "usage" else TrainingError(message)
 
 
 def _summary(result: Any, trials_folder: Path, config: SweepConfig) -> TrialSummary:
@@ -237,7 +258,7 @@ def _summary(result: Any, trials_folder: Path, config: SweepConfig) -> TrialSumm
     point = dict(result.config or {})
     trial_id = Path(result.path).name
     error = one_line(root_of(result.error)) if result.error else None
-    kept = best_checkpoint(trials_folder / trial_id, config.train_config(point))
+    kept = best_checkpoint(trials_folder / trial_id)
     if kept is None:
         return TrialSummary(trial_id, point, [], None, None, error or "no epoch was finished")
     progress = kept[1]

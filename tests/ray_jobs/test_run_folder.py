@@ -19,15 +19,21 @@ def test_a_free_folder_is_claimed_and_found_again(tmp_path: Path) -> None:
     request.check()
 
 
-def test_what_does_not_change_the_result_may_change(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_failures": 9}, {"trackers": ["mlflow"], "mlflow_uri": "http://server", "mlflow_experiment": "other"}, {"checkpoint_interval_s": None}],
+)
+def test_what_does_not_change_the_result_may_change(tmp_path: Path, settings: dict[str, object]) -> None:
     _request(tmp_path / "run").claim()
-    _request(tmp_path / "run", max_failures=9).check()
+    _request(tmp_path / "run", **settings).check()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("other", "named"),
     [
         ({"epochs": 3}, "epochs was 15, now 3"),
+        ({"ingest": "stream"}, "ingest was 'auto', now 'stream'"),
+        ({"stream_window_rows": 8}, "stream_window_rows was 16384, now 8"),
         ({"fingerprint": "b"}, "data_fingerprint a"),
         ({"folds": 3}, "data_folds None"),
         ({"verb": "tune"}, "verb train"),

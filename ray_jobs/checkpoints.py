@@ -1,0 +1,359 @@
+"""What a checkpoint of a run holds, how it reaches the storage while training goes on, and which of those that lie there count.
+
+    <run>/checkpoint_000012_9f3c…/model.safetensors    weights of the network that is validated and stored
+                                  state.pt             optimiser, schedule, …: the rest of the learner; read with weights_only=True
+                                  rank0.pt …           random numbers of each worker
+                                  checkpoint.json      number, workers, progress, configuration; written after the two files above it
+
+The number rises by one with each checkpoint of a run. A folder counts once `checkpoint.json` and one file for each worker are there: every file is on
+the disk before it gets its name. Ray Train registers checkpoints and removes those that are neither the best nor the last; what it noted down itself
+(`checkpoint_manager_snapshot.json`) is made anew from the folders whenever a run is started, since Ray does not replace that file in one step.
+"""
+
+import io
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from ray_jobs.run_folder import REQUEST_FILE
+from ray_jobs.run_inputs import Ingest
+from sentinode.config import TrainConfig
+from sentinode.errors import TrainingError, one_line
+from sentinode.learner import Learner
+from sentinode.storage import remove_any, temporary_name, write_json
+from sentinode.training import Progress
+
+WEIGHTS_FILE = "model.safetensors"
+STATE_FILE = "state.pt"
+ABOUT_FILE = "checkpoint.json"
+_SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
+# More than the newest checkpoint took: Adam has no moments before its first step, and an unfreezing network gets more of them.
+_ROOM_MARGIN = 1.1
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint cannot be written or read by one worker."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is whole.
+
+    Attributes
+    ----------
+    path : Path
+    number : int
+        Rises by one with each checkpoint of a run.
+    world_size : int
+        Workers that wrote it.
+    ingest : str
+        How rows were read: resident or stream.
+    progress : Progress
+    """
+
+    path: Path
+    number: int
+    world_size: int
+    ingest: Ingest
+    progress: Progress
+
+    @classmethod
+    def open(cls, path: Path) -> "Saved | None":
+        """Return the checkpoint in a folder, None if it is not whole."""
+        try:
+            about = json.loads((path / ABOUT_FILE).read_text(encoding="utf-8"))
+            saved = cls(path, about["number"], about["world_size"], about["ingest"], Progress(**about["progress"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return saved if all((path / _rank_file(rank)).exists() for rank in range(saved.world_size)) else None
+
+    @property
+    def where(self) -> str:
+        """Where the run stood, for people."""
+        within = f" and a part of epoch {self.progress.epochs_done + 1}" if self.progress.partial else ""
+        return "before the first epoch" if not (self.progress.epochs_done or within) else f"after {self.progress.epochs_done} epochs{within}"
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Read the weights, on the CPU."""
+        from safetensors.torch import load_file
+
+        return load_file(self.path / WEIGHTS_FILE)
+
+    def metrics(self) -> dict[str, Any]:
+        """Return what Ray is told about the checkpoint."""
+        return metrics_of(self.progress, self.number)
+
+
+def metrics_of(progress: Progress, number: int) -> dict[str, Any]:
+    """Return what Ray is told: the numbers of the last epoch, unless the checkpoint lies within the next one.
+
+    `improvement` is the score that the best checkpoint is kept by: 0 within an epoch.
+    """
+    last: dict[str, Any] = progress.history[-1] if progress.history and progress.partial is None else {}
+    about = {"number": number, "epochs_done": progress.epochs_done, "improvement": progress.improvement}
+    return {name: value for name, value in last.items() if value is not None} | about
+
+
+def saved_checkpoints(folder: Path) -> list[Saved]:
+    """Return the whole checkpoints of a run, oldest first."""
+    found = [saved for path in folder.glob("checkpoint_*/") if (saved := Saved.open(path)) is not None]
+    return sorted(found, key=lambda saved: (saved.number, saved.path.name))
+
+
+def best_and_last(folder: Path) -> tuple[Saved | None, Saved | None]:
+    """Return the checkpoint of the best epoch so far and the newest one; often the same.
+
+    Raises
+    ------
+    TrainingError
+        The run had a best epoch and its checkpoint is gone.
+    """
+    saved = saved_checkpoints(folder)
+    if not saved:
+        return None, None
+    last = saved[-1]
+    if last.progress.best_epoch is None:
+        return None, last
+    best = next((one for one in reversed(saved) if one.progress.improvement == last.progress.improvements), None)
+    if best is None:
+        raise TrainingError(f"{folder}: the checkpoint of the best epoch, {last.progress.best_epoch + 1}, is gone")
+    return best, last
+
+
+def last_good(folder: Path) -> Saved | None:
+    """Return the newest checkpoint whose weights are all finite."""
+    for saved in reversed(saved_checkpoints(folder)):
+        if all(bool(torch.isfinite(value).all()) for value in saved.weights().values() if value.is_floating_point()):
+            return saved
+    return None
+
+
+def tidy(folder: Path) -> None:
+    """Keep the best and the newest checkpoint of a run that nobody writes now, remove what else a killed one left, and tell Ray Train about the two.
+
+    Raises
+    ------
+    TrainingError
+        The checkpoint of the best epoch is gone.
+    """
+    best, last = best_and_last(folder)
+    kept = [saved for saved in (best, last if last is not best else None) if saved is not None]
+    for path in folder.glob("checkpoint_*/"):
+        if path not in [saved.path for saved in kept]:
+            remove_any(path)
+    snapshot = folder / _SNAPSHOT_FILE
+    if last is None:
+        snapshot.unlink(missing_ok=True)
+        return
+    # Ray sorts by score, ties by age.
+    kept.sort(key=lambda saved: (saved.progress.improvement, saved.number))
+    results = [{"checkpoint_dir_name": saved.path.name, "metrics": saved.metrics()} for saved in kept]
+    write_json(
+        snapshot,
+        {
+            "ray_version": ray.__version__,
+            "checkpoint_results": results,
+            "checkpoint_report_indices": [saved.number for saved in kept],
+            "latest_checkpoint_result": next(result for result in results if result["checkpoint_dir_name"] == last.path.name),
+            "pending_training_results": [],
+            "pending_validation_specs": [],
+            "current_report_index": last.number + 1,
+            "validated_checkpoint_dir_names": [],
+            "timed_out_validation_checkpoint_dir_names": [],
+            "failed_validation_checkpoint_dir_names": [],
+        },
+    )
+
+
+def remove_newer(folder: Path, number: int) -> None:
+    """Remove what an attempt that failed has written after checkpoint `number`, which the run goes on from."""
+    for path in folder.glob("checkpoint_*/"):
+        if not path.name.split("_")[1].isdigit() or int(path.name.split("_")[1]) > number:
+            remove_any(path)
+
+
+def lacking_room(folder: Path, learner: Learner) -> str | None:
+    """Return a line for people where the file system has no room for one more checkpoint, None where it has."""
+    usage = shutil.disk_usage(folder)
+    saved = saved_checkpoints(folder)
+    if saved:
+        needed = _ROOM_MARGIN * sum(path.stat().st_size for path in saved[-1].path.iterdir())
+    else:
+        # The weights, and two moments for each of those that train (Adam's).
+        needed = sum(value.nbytes * (3 if value.requires_grad else 1) for value in learner.model.parameters())
+    if usage.total == 0 or usage.free >= needed:  # some network file systems do not tell
+        return None
+    return f"{folder}: no room for a checkpoint ({needed / 2**20:.0f} MiB needed, {usage.free / 2**20:.0f} MiB free)"
+
+
+class CheckpointWriter:
+    """Saves the checkpoints of one worker in the background.
+
+    Parameters
+    ----------
+    folder : Path
+        The run's, the same for every worker.
+    config : TrainConfig
+    ingest : str
+        How rows are read.
+    rank, world_size : int
+    number : int
+        Of the checkpoint that the run goes on from, 0 for none.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, ingest: Ingest, rank: int, world_size: int, number: int) -> None:
+        self._folder, self._rank, self._number = folder, rank, number
+        self._about = {"world_size": world_size, "ingest": ingest, "config": config.model_dump(mode="json")}
+        self._written = threading.Event()
+        self._written.set()
+        self._error: CheckpointError | None = None
+
+    def save(self, learner: Learner, progress: Progress) -> None:
+        """Copy the state and return; writing it and telling Ray go on in a thread. Every worker must call this the same number of times.
+
+        If the checkpoint before is still being written, that is waited for: there is one copy in memory at most.
+
+        Raises
+        ------
+        CheckpointError
+            The checkpoint before could not be written.
+        """
+        import ray.train
+
+        self._written.wait()
+        if self._error is not None:
+            raise self._error
+        self._number += 1
+        copy = _Copy.of(learner, self._rank, {"number": self._number, **self._about, "progress": asdict(progress)})
+        self._written.clear()
+        ray.train.report(
+            metrics_of(progress, self._number),
+            # Stands for the copy in memory, which is not a folder.
+            checkpoint=ray.train.Checkpoint.from_directory(self._folder),
+            # Random: what an attempt that failed left under the same number must not be mixed with this one. Rank 0's name holds for all.
+            checkpoint_dir_name=f"checkpoint_{self._number:06d}_{os.urandom(6).hex()}",
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=False,
+            checkpoint_upload_fn=self._upload(copy),
+        )
+
+    def _upload(self, copy: "_Copy") -> Callable[[Any, str], Any]:
+        content: list[_Copy] = [copy]
+
+        def upload(_: Any, name: str) -> Any:
+            import ray.train
+
+            try:
+                # Taken out: Ray keeps this function until its turn comes, and the copy must not stay in memory that long.
+                content.pop().write(self._folder, self._folder / name)
+            except CheckpointError as error:
+                self._error = error
+                raise
+            finally:
+                self._written.set()
+            return ray.train.Checkpoint.from_directory(self._folder / name)
+
+        return upload
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """One worker's part of a checkpoint, in memory of its own."""
+
+    rank: int
+    random: dict[str, torch.Tensor]
+    # Rank 0's only.
+    weights: dict[str, torch.Tensor] | None
+    state: dict[str, Any] | None
+    about: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, learner: Learner, rank: int, about: dict[str, Any]) -> "_Copy":
+        random = {"cpu": torch.get_rng_state()}
+        if learner.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(learner.device)
+        if rank > 0:
+            return cls(rank, random, None, None, None)
+        # safetensors wants them contiguous, whatever the network's memory format.
+        weights = {name: torch.empty(value.shape, dtype=value.dtype).copy_(value) for name, value in learner.kept.state_dict().items()}
+        return cls(rank, random, weights, _copied(learner.state()), about)
+
+    def write(self, run: Path, folder: Path) -> None:
+        """Write the files of this worker; each gets its name when it is on the disk.
+
+        Raises
+        ------
+        CheckpointError
+            They cannot be written; none is left.
+        """
+        from safetensors.torch import save
+
+        if not (run / REQUEST_FILE).exists():
+            raise CheckpointError(f"{run} is not the same folder on every node; put --out on a file system that all nodes share")
+        written: list[Path] = []
+        try:
+            folder.mkdir(exist_ok=True)
+            if self.weights is not None:
+                # Whole in memory first: the libraries' own ways to a file lose what the operating system says when a disk is full.
+                _write(folder / WEIGHTS_FILE, save(self.weights), written)
+                _write(folder / STATE_FILE, _serialised(self.state), written)
+            _write(folder / _rank_file(self.rank), _serialised(self.random), written)
+            if self.about is not None:
+                _write(folder / ABOUT_FILE, json.dumps(self.about, indent=2, allow_nan=False).encode(), written)
+        except OSError as error:
+            for path in written:
+                path.unlink(missing_ok=True)
+            reason = error.strerror or one_line(error)
+            raise CheckpointError(f"{run}: a checkpoint cannot be written ({reason}); make room there and repeat the command") from error
+
+
+def _write(path: Path, data: bytes, written: list[Path]) -> None:
+    temporary = temporary_name(path)
+    written += [temporary, path]
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _serialised(content: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def _copied(state: Any) -> Any:
+    """Copy a tree of plain values and tensors to memory of its own; tensors keep their strides, which optimisers rely on."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {key: _copied(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_copied(value) for value in state)
+    return state
+
+
+def restore(learner: Learner, saved: Saved, rank: int) -> None:
+    """Bring a learner, and the random numbers of this worker, to where the checkpoint was taken."""
+    state = torch.load(saved.path / STATE_FILE, map_location="cpu", weights_only=True)
+    learner.restore(saved.weights(), state)
+    path = saved.path / _rank_file(rank)
+    if not path.exists():  # the group has grown
+        return
+    random = torch.load(path, map_location="cpu", weights_only=True)
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random and learner.device.type == "cuda":
+        torch.cuda.set_rng_state(random["cuda"], learner.device)
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank{rank}.pt"

@@ -1,0 +1,111 @@
+"""Ctrl-C and SIGTERM while a run is trained: the wish travels to the workers, they checkpoint within the epoch, the command ends with code 3.
+
+A second signal ends at once, and so does the first where no worker trains yet or none answers in time; the run then goes on from its last checkpoint.
+"""
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+import ray
+
+from ray_jobs.verb import say
+from sentinode.errors import StoppedError
+from sentinode.training import Wish
+
+# For the step or the validation that goes on, and for writing a checkpoint.
+_CHECKPOINT_WAIT_S = 120.0
+_ABORT_WAIT_S = 20.0
+_ASK_EVERY_S = 0.25
+
+
+class StopOnSignal:
+    """The driver's side: what SIGINT does while `TorchTrainer.fit` runs in the main thread (SIGTERM takes the same road, `ray_jobs.verb`).
+
+    Attributes
+    ----------
+    requested : bool
+        Whether a signal has come.
+    """
+
+    def __init__(self, log: Any) -> None:
+        self.requested = False
+        self._log = log
+        self._controller: Any = None
+        self._over = threading.Event()
+
+    def install(self, controller: Any) -> None:
+        """Handle SIGINT from now on; takes the place of `TorchTrainer._register_sigint_handler`, whose handler loses what the epoch has done."""
+        self._controller = controller
+        signal.signal(signal.SIGINT, self._on_signal)
+
+    def over(self) -> None:
+        """Training has ended: nothing is left to be aborted."""
+        self._over.set()
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested:
+            self._controller.abort.remote()
+            raise StoppedError("stopped at once; repeat the command to continue from the last checkpoint")
+        self.requested = True
+        # In a thread: a handler runs in the middle of whatever the main thread does in Ray.
+        threading.Thread(target=self._stop, name="stopping", daemon=True).start()
+
+    def _stop(self) -> None:
+        try:
+            trains = ray.get(self._log.request_stop.remote(), timeout=_ABORT_WAIT_S)
+        except ray.exceptions.RayError:
+            trains = False
+        if trains:
+            say("stopping: a checkpoint is made first; once more stops at once")
+            if self._over.wait(_CHECKPOINT_WAIT_S):
+                return
+        self._controller.abort.remote()
+        if not self._over.wait(_ABORT_WAIT_S):
+            # The controller does not answer either: the main thread, which waits for it, is to leave.
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+class Wishes:
+    """A worker's side: what it wishes between two steps. Only rank 0 listens, since of all workers' wishes the largest holds.
+
+    Parameters
+    ----------
+    log : ActorHandle or None
+        A ProgressLog; without one nothing stops training.
+    rank : int
+    interval_s : float or None
+        A checkpoint is wished when the last one is that long ago.
+    """
+
+    def __init__(self, log: Any, rank: int, interval_s: float | None) -> None:
+        self._asks = log.stop_requested.remote() if rank == 0 and log is not None else None
+        self._interval_s = interval_s if rank == 0 else None
+        self._asked = self._saved = time.monotonic()
+
+    def saved(self) -> None:
+        """A checkpoint has been made."""
+        self._saved = time.monotonic()
+
+    def __call__(self) -> Wish:
+        """Return the wish; costs next to nothing."""
+        now = time.monotonic()
+        if self._asks is not None and now - self._asked >= _ASK_EVERY_S:
+            self._asked = now
+            if self._stop_requested():
+                return Wish.STOP
+        return Wish.CHECKPOINT if self._interval_s is not None and now - self._saved >= self._interval_s else Wish.GO_ON
+
+    def _stop_requested(self) -> bool:
+        answered, _ = ray.wait([self._asks], timeout=0)
+        if not answered:
+            return False
+        try:
+            return bool(ray.get(self._asks))
+        except ray.exceptions.RayError:
+            # The log is gone, and with it the driver; whoever ended that ends this process too.
+            self._asks = None
+            return False

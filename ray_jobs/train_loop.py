@@ -1,0 +1,122 @@
+"""What each worker of a run does: join the group, go on from the last checkpoint, train, checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ray_jobs.checkpoints import CheckpointError, CheckpointWriter, Saved, lacking_room, remove_newer, restore
+from ray_jobs.run_inputs import LoadedRows
+from ray_jobs.stopping import Wishes
+from sentinode.config import TrainConfig
+from sentinode.errors import TrainingError, UsageError
+from sentinode.learner import Learner
+from sentinode.model import build_model
+from sentinode.training import Group, Hooks, Interrupted, Progress, train_epochs
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What a worker is given.
+
+    Attributes
+    ----------
+    config : TrainConfig
+    folder : Path
+        The run's, the same for every worker.
+    rows : LoadedRows
+    initial : ObjectRef of dict of str to tensor
+        Weights to start from.
+    log : ActorHandle or None
+        A ProgressLog.
+    checkpoint_interval_s : float or None
+        None for no checkpoints within an epoch.
+    """
+
+    config: TrainConfig
+    folder: Path
+    rows: LoadedRows
+    initial: Any
+    log: Any = None
+    checkpoint_interval_s: float | None = None
+
+
+def train_loop_per_worker(given: dict[str, Loop]) -> dict[str, str] | None:
+    """Ray Train's per-worker function.
+
+    Returns
+    -------
+    dict or None
+        None when done, else why not, where starting again would not help: {"stopped": …}, {"failed": …} or {"usage": …}, each with one line.
+    """
+    import ray.train
+    import ray.train.torch
+    from ray.train.collective import broadcast_from_rank_zero
+
+    loop = given["loop"]
+    config = loop.config
+    context = ray.train.get_context()
+    group = Group(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    torch.set_num_threads(config.cpus_per_worker)
+    if group.device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+    # Dropout: every worker draws of its own.
+    torch.manual_seed(config.seed + group.rank)
+
+    model = build_model(config.arch, weights="none", input_size_px=config.input_size_px)
+    model.load_state_dict(ray.get(loop.initial))
+    learner = Learner(model, config, device=group.device, world_size=group.world_size)
+    saved = _last_saved()
+    if saved is not None:
+        restore(learner, saved, group.rank)
+    progress = saved.progress if saved is not None else Progress()
+    number = saved.number if saved is not None else 0
+    full = None
+    if group.rank == 0:
+        remove_newer(loop.folder, number)
+        full = lacking_room(loop.folder, learner)
+        if loop.log is not None:
+            where = f", continuing {saved.where}" if saved is not None else ""
+            loop.log.add.remote({"kind": "note", "text": f"training with {_count(group.world_size, 'worker')} on {group.device.type}{where}"})
+    full = broadcast_from_rank_zero(full)
+    if full:
+        return {"failed": f"{full}; make room there and repeat the command"}
+
+    writer = CheckpointWriter(loop.folder, config, loop.rows.ingest, group.rank, group.world_size, number)
+    wishes = Wishes(loop.log, group.rank, loop.checkpoint_interval_s)
+
+    def checkpoint(now: Progress) -> None:
+        writer.save(learner, now)
+        wishes.saved()
+
+    source = loop.rows.source(config, group.device)
+    try:
+        train_epochs(learner, source, ray.get(loop.rows.val), config, progress, Hooks(checkpoint, wishes, checkpoint), group)
+    except CheckpointError:
+        raise  # of this worker alone: all start again
+    except Interrupted as error:
+        return {"stopped": str(error)}
+    except TrainingError as error:
+        return {"failed": str(error)}
+    except UsageError as error:
+        return {"usage": str(error)}
+    finally:
+        source.close()
+    return None
+
+
+def _last_saved() -> Saved | None:
+    import ray.train
+
+    registered = ray.train.get_checkpoint()
+    if registered is None:
+        return None
+    saved = Saved.open(Path(registered.path))
+    if saved is None:
+        raise CheckpointError(f"{registered.path}: not a whole checkpoint; is --out on a file system that all nodes share?")
+    return saved
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
