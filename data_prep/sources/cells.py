@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from data_prep.rejects import Reject, RejectReason
 from data_prep.sources.base import MAX_ID_CHARACTERS
@@ -88,44 +88,57 @@ def column_names(config: PrepareConfig) -> dict[str, str]:
     return {str(ours): theirs for ours, theirs in config.columns.items()}
 
 
-def find_columns(header: Sequence[str], name: str, required: Sequence[str], optional: Sequence[str], names: Mapping[str, str]) -> dict[str, int]:
-    """Find columns by name; upper and lower case are the same.
+@dataclass(frozen=True)
+class Wanted:
+    """The columns to read of a file.
 
-    Parameters
+    Attributes
     ----------
-    header : sequence of str
-        Names of all columns.
     name : str
-        The file, for errors.
+        What kind of file it is and where, for errors.
     required, optional : sequence of str
         Columns to find, by our names.
     names : mapping of str to str
         Our name of a column -> its name in the file, where the two differ.
-
-    Returns
-    -------
-    dict of str to int
-        Our name -> place in the header, for those that are there.
-
-    Raises
-    ------
-    UsageError
-        A required one, or one that `names` maps, is not there, or one is there twice.
     """
-    header = [field.strip() for field in header]
-    folded = [field.casefold() for field in header]
-    theirs = theirs_of((*required, *optional), names)
-    needed = [column for column, wanted in theirs.items() if column in required or column in names or folded.count(wanted) > 1]
-    absent = [column for column in needed if folded.count(theirs[column]) != 1]
-    if absent:
-        shown = ", ".join(map(repr, header[:_SHOWN_COLUMNS])) + (", …" if len(header) > _SHOWN_COLUMNS else "")
-        wanted = [f"{names[column]!r} (columns.{column})" if column in names else column for column in needed]
-        expected = " and ".join([", ".join(wanted[:-1]), wanted[-1]] if len(wanted) > 1 else wanted)
-        advice = " ".join(f"--set columns.{column}=NAME" for column in absent)
-        raise UsageError(f"{name}: columns {shown} found; expected {expected}, each once; if a column has another name: {advice}")
-    return {column: folded.index(wanted) for column, wanted in theirs.items() if wanted in folded}
 
+    name: str
+    required: Sequence[str]
+    optional: Sequence[str] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
 
-def theirs_of(columns: Sequence[str], names: Mapping[str, str]) -> dict[str, str]:
-    """Our name -> the file's, in lower case."""
-    return {column: names.get(column, column).strip().casefold() for column in columns}
+    @property
+    def theirs(self) -> dict[str, str]:
+        """Our name of each column -> the file's, in lower case."""
+        return {column: self.names.get(column, column).strip().casefold() for column in (*self.required, *self.optional)}
+
+    def find(self, header: Sequence[str]) -> dict[str, int]:
+        """Find the columns by name; upper and lower case are the same.
+
+        Parameters
+        ----------
+        header : sequence of str
+            Names of all columns.
+
+        Returns
+        -------
+        dict of str to int
+            Our name -> place in the header, for those that are there.
+
+        Raises
+        ------
+        UsageError
+            A required one, or one that `names` maps, is not there, or one is there twice.
+        """
+        header = [field.strip() for field in header]
+        folded = [field.casefold() for field in header]
+        theirs = self.theirs
+        needed = [column for column, wanted in theirs.items() if column in self.required or column in self.names or folded.count(wanted) > 1]
+        absent = [column for column in needed if folded.count(theirs[column]) != 1]
+        if absent:
+            shown = ", ".join(map(repr, header[:_SHOWN_COLUMNS])) + (", …" if len(header) > _SHOWN_COLUMNS else "")
+            wanted = [f"{self.names[column]!r} (columns.{column})" if column in self.names else column for column in needed]
+            expected = " and ".join([", ".join(wanted[:-1]), wanted[-1]] if len(wanted) > 1 else wanted)
+            advice = " ".join(f"--set columns.{column}=NAME" for column in absent)
+            raise UsageError(f"{self.name}: columns {shown} found; expected {expected}, each once; if a column has another name: {advice}")
+        return {column: folded.index(wanted) for column, wanted in theirs.items() if wanted in folded}

@@ -4,10 +4,9 @@ from pathlib import PurePosixPath
 
 from data_prep.rejects import Reject, RejectReason
 from data_prep.sources.base import Source
-from data_prep.sources.entries import entry_table, inputs_digest, without_too_large
-from data_prep.sources.files import files_spec
-from data_prep.sources.listing import list_images, refuse_long_ids, repeated, stem_of
-from data_prep.sources.slides import files_of, read_slides, slides_of
+from data_prep.sources.entries import entry_table
+from data_prep.sources.listing import list_images, listed_source, refuse_long_ids, repeated, stem_of
+from data_prep.sources.slides import read_slides, slides_of
 from sentinode.config import PrepareConfig
 from sentinode.errors import UsageError
 from sentinode.locations import Location
@@ -62,16 +61,7 @@ def open_class_folders(config: PrepareConfig, where: Location, *, slides: Locati
         kept = [row for row, id_ in enumerate(ids) if id_ not in several]
         ids, paths, labels = [ids[row] for row in kept], [paths[row] for row in kept], [labels[row] for row in kept]
     entries = entry_table(id=ids, label=labels, path=paths, slide=slides_of(ids, slide_of, slides))
-    entries, too_large = without_too_large(entries, listing.too_large)
-    return Source(
-        kind="class_folders",
-        where=str(where),
-        entries=entries,
-        rejects=(*rejects, *too_large),
-        inputs_sha256=inputs_digest([slides_content], listing.digest),
-        reader=files_spec(where),
-        files=files_of(slides=slides),
-    )
+    return listed_source("class_folders", where, listing, entries, rejects, [slides_content], slides=slides)
 
 
 def _prefix(name: str) -> str:

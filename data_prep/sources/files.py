@@ -38,6 +38,11 @@ def files_spec(base: Location, *, from_table: bool = False) -> dict[str, Any]:
     return {"kind": "files", "base": str(base), "from_table": from_table}
 
 
+def files_of(**files: Location | None) -> dict[str, str]:
+    """Return what `Source.files` says of the files that were given."""
+    return {name: str(location) for name, location in files.items() if location is not None}
+
+
 class FilesReader:
     """Reads files whole, from any mixture of places; what has no content is refused with its reason."""
 

@@ -8,11 +8,11 @@ from typing import TypeVar
 
 from data_prep.rejects import Reject, RejectReason
 from data_prep.sources.base import Source
-from data_prep.sources.cells import Cells, column_names
-from data_prep.sources.entries import entry_table, inputs_digest, without_too_large
-from data_prep.sources.files import files_spec, read_described
-from data_prep.sources.listing import Listing, list_images, repeated, stem_of
-from data_prep.sources.slides import files_of, read_slides, slides_of
+from data_prep.sources.cells import Cells, Wanted, column_names
+from data_prep.sources.entries import entry_table
+from data_prep.sources.files import read_described
+from data_prep.sources.listing import Listing, list_images, listed_source, repeated, stem_of
+from data_prep.sources.slides import read_slides, slides_of
 from data_prep.sources.text_table import read_text_table
 from sentinode.config import PrepareConfig
 from sentinode.errors import UsageError
@@ -47,7 +47,7 @@ def open_kaggle(config: PrepareConfig, where: Location, *, labels: Location | No
     content = read_described(labels, "labels file", "a CSV file with columns id,label; or name one with --labels")
     below = IMAGES_NAME if (where / IMAGES_NAME).is_dir() else ""
     listing = list_images(where, below, recursive=False)
-    cells = read_text_table(content, f"labels file {labels}", ("id", "label"), (), column_names(config))
+    cells = read_text_table(content, Wanted(f"labels file {labels}", ("id", "label"), names=column_names(config)))
     if not len(cells):
         raise UsageError(f"labels file {labels}: no rows below the header")
     cells.refuse_long(cells.columns["id"], "id")
@@ -57,16 +57,7 @@ def open_kaggle(config: PrepareConfig, where: Location, *, labels: Location | No
         cells.refuse_if_all_labels_are_bad(rejects)
         _refuse_if_all_files_are_missing(cells, rejects, f"{where / below}; the first image is {listing.names[0].removeprefix(prefix)!r}")
     entries = entry_table(id=ids, label=labels_of_ids, path=paths, slide=slides_of(ids, slide_of, slides))
-    entries, too_large = without_too_large(entries, listing.too_large)
-    return Source(
-        kind="kaggle",
-        where=str(where),
-        entries=entries,
-        rejects=(*rejects, *too_large),
-        inputs_sha256=inputs_digest([content, slides_content], listing.digest),
-        reader=files_spec(where),
-        files=files_of(labels=labels, slides=slides),
-    )
+    return listed_source("kaggle", where, listing, entries, rejects, [content, slides_content], labels=labels, slides=slides)
 
 
 def _join(cells: Cells, listing: Listing, prefix: str) -> tuple[list[str], list[int], list[str], list[Reject]]:

@@ -5,9 +5,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from data_prep.rejects import Reject, RejectReason
-from data_prep.sources.base import MAX_FILE_BYTES, MAX_ID_CHARACTERS
+from data_prep.sources.base import MAX_FILE_BYTES, MAX_ID_CHARACTERS, Source
 from data_prep.sources.cells import too_long
+from data_prep.sources.entries import inputs_digest, without_too_large
+from data_prep.sources.files import files_of, files_spec
 from sentinode.errors import PatchErrorCode, UsageError
 from sentinode.images import IMAGE_SUFFIXES
 from sentinode.locations import Entry, Location
@@ -100,6 +104,37 @@ def refuse_long_ids(ids: Sequence[str], source: Location) -> None:
     """Raise UsageError naming the first path below a source that is too long to be an id."""
     if (longest := next((id_ for id_ in ids if len(id_) > MAX_ID_CHARACTERS), None)) is not None:
         raise UsageError(f"source {source}: has {too_long(longest, 'id')}")
+
+
+def listed_source(
+    kind: str, where: Location, listing: Listing, entries: pa.Table, rejects: Sequence[Reject], contents: Sequence[bytes], **files: Location | None
+) -> Source:
+    """Return the source that reads files of a listing.
+
+    Parameters
+    ----------
+    kind, where
+        As in `Source`.
+    listing : Listing
+    entries : pyarrow.Table
+        ENTRY_SCHEMA: those of its files that are inputs, too large ones among them.
+    rejects : sequence of Reject
+        All others.
+    contents : sequence of bytes
+        Of the files that say more of the inputs.
+    **files : Location, optional
+        These files, by what they are.
+    """
+    entries, too_large = without_too_large(entries, listing.too_large)
+    return Source(
+        kind=kind,
+        where=str(where),
+        entries=entries,
+        rejects=(*rejects, *too_large),
+        inputs_sha256=inputs_digest(contents, listing.digest),
+        reader=files_spec(where),
+        files=files_of(**files),
+    )
 
 
 def _suffix_of(name: str) -> str:

@@ -1,26 +1,23 @@
 """Reading chosen columns of a Parquet file that describes the inputs."""
 
-from collections.abc import Mapping, Sequence
-
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_prep.sources.cells import Cells, find_columns
+from data_prep.sources.cells import Cells, Wanted
 from sentinode.errors import UsageError
 
 _WHOLE = {"label", "x_px", "y_px"}
 
 
-def read_parquet_table(data: bytes, name: str, required: Sequence[str], optional: Sequence[str], names: Mapping[str, str]) -> Cells:
+def read_parquet_table(data: bytes, wanted: Wanted) -> Cells:
     """Read a Parquet file; text may be dictionary-encoded, null counts as empty.
 
     Parameters
     ----------
     data : bytes
         Content of the file.
-    name, required, optional, names
-        As in `find_columns`.
+    wanted : Wanted
 
     Raises
     ------
@@ -30,12 +27,12 @@ def read_parquet_table(data: bytes, name: str, required: Sequence[str], optional
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
         header = file.schema_arrow.names
-        places = find_columns(header, name, required, optional, names)
+        places = wanted.find(header)
         found = file.read(columns=[header[place] for place in places.values()], use_threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UsageError(f"{name}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
-    columns = {ours: _as_text(found.column(header[place]), ours, f"{name}: column {header[place]!r}") for ours, place in places.items()}
-    return Cells(name, range(1, found.num_rows + 1), columns, {}, len(header), "row")
+        raise UsageError(f"{wanted.name}: cannot be read as Parquet ({str(error).splitlines()[0]})") from error
+    columns = {ours: _as_text(found.column(header[place]), ours, f"{wanted.name}: column {header[place]!r}") for ours, place in places.items()}
+    return Cells(wanted.name, range(1, found.num_rows + 1), columns, {}, len(header), "row")
 
 
 def _as_text(column: pa.ChunkedArray, ours: str, what: str) -> list[str]:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from data_prep.rejects import Reject, RejectReason
 from data_prep.sources.base import Source
-from data_prep.sources.cells import Cells
+from data_prep.sources.cells import Cells, Wanted
 from data_prep.sources.entries import entry_table, inputs_digest
 from data_prep.sources.files import read_described
 from data_prep.sources.hdf5 import check_pixels, hdf5_spec, open_hdf5, read_labels
@@ -147,7 +147,7 @@ def _labels(location: Location) -> tuple[list[int], bytes]:
 
 def _meta(location: Location, rows: int) -> tuple[Cells, bytes]:
     content = _content(location, "meta file")
-    cells = read_text_table(content, f"meta file {location}", ("coord_x", "coord_y", "wsi"), (), {})
+    cells = read_text_table(content, Wanted(f"meta file {location}", ("coord_x", "coord_y", "wsi")))
     if cells.ragged:
         raise UsageError(f"{cells.name}: {cells.wrong_width(next(iter(cells.ragged)))}")
     if len(cells) != rows:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from data_prep.sources.cells import Cells, column_names
+from data_prep.sources.cells import Cells, Wanted, column_names
 from data_prep.sources.files import read_described
 from data_prep.sources.text_table import read_text_table
 from sentinode.config import PrepareConfig
@@ -53,17 +53,12 @@ def slides_of(ids: Sequence[str], slide_of: Mapping[str, str], slides: Location 
     return [slide_of.get(id_) or None for id_ in ids]
 
 
-def files_of(**files: Location | None) -> dict[str, str]:
-    """Return what `Source.files` says of the files that were given."""
-    return {name: str(location) for name, location in files.items() if location is not None}
-
-
 def _read(content: bytes, name: str, names: Mapping[str, str]) -> Cells:
     try:
-        return read_text_table(content, name, ("id", "wsi"), (), names)
+        return read_text_table(content, Wanted(name, ("id", "wsi"), names=names))
     except UsageError as error:
         # Another name of the id may be meant for the labels file alone.
         try:
-            return read_text_table(content, name, ("id", "wsi"), (), {column: other for column, other in names.items() if column != "id"})
+            return read_text_table(content, Wanted(name, ("id", "wsi"), names={column: other for column, other in names.items() if column != "id"}))
         except UsageError:
             raise error from None

@@ -10,12 +10,12 @@ import pyarrow as pa
 
 from data_prep.rejects import Reject, RejectReason
 from data_prep.sources.base import MAX_FILE_BYTES, Source
-from data_prep.sources.cells import Cells, column_names
+from data_prep.sources.cells import Cells, Wanted, column_names
 from data_prep.sources.entries import entry_table, inputs_digest, without_too_large
-from data_prep.sources.files import files_spec, place_of, read_described
+from data_prep.sources.files import files_of, files_spec, place_of, read_described
 from data_prep.sources.listing import repeated
 from data_prep.sources.parquet_table import read_parquet_table
-from data_prep.sources.slides import files_of, read_slides, slides_of
+from data_prep.sources.slides import read_slides, slides_of
 from data_prep.sources.text_table import read_text_table
 from sentinode.config import PrepareConfig
 from sentinode.errors import UsageError
@@ -50,7 +50,7 @@ def open_table(config: PrepareConfig, where: Location, *, slides: Location | Non
     content = read_described(where, "table", "a CSV, TSV or Parquet file with columns path,label")
     read = read_parquet_table if where.name.lower().endswith(".parquet") else read_text_table
     required = ("path",) if config.source == "unlabelled" else ("path", "label")
-    cells = read(content, f"table {where}", required, _OPTIONAL, column_names(config))
+    cells = read(content, Wanted(f"table {where}", required, _OPTIONAL, column_names(config)))
     if not len(cells):
         raise UsageError(f"{cells.name}: no {cells.line_word}s")
     if slides is not None and "slide" in cells.columns:

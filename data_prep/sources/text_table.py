@@ -1,10 +1,9 @@
 """Reading chosen columns of a delimited text file: the dialects that spreadsheets, pandas and R write, and a line for whatever cannot be read."""
 
 import csv
-from collections.abc import Mapping, Sequence
 from io import StringIO
 
-from data_prep.sources.cells import Cells, find_columns, theirs_of
+from data_prep.sources.cells import Cells, Wanted
 from sentinode.errors import UsageError
 
 _DELIMITERS = (",", ";", "\t", "|")
@@ -16,7 +15,7 @@ _NOT_TEXT = {
 }
 
 
-def read_text_table(data: bytes, name: str, required: Sequence[str], optional: Sequence[str], names: Mapping[str, str]) -> Cells:
+def read_text_table(data: bytes, wanted: Wanted) -> Cells:
     """Read a text file with a header line, separated by `,` `;` tab or `|`.
 
     A byte order mark, CRLF, CR alone, quotes, further columns (also an unnamed leading one), any column order and upper case in the header are
@@ -26,24 +25,24 @@ def read_text_table(data: bytes, name: str, required: Sequence[str], optional: S
     ----------
     data : bytes
         Content of the file.
-    name, required, optional, names
-        As in `find_columns`.
+    wanted : Wanted
 
     Raises
     ------
     UsageError
         The file is not text, has no such columns, or is malformed.
     """
+    name = wanted.name
     text = _decode(data, name)
-    delimiter = _delimiter(text, set(theirs_of((*required, *optional), names).values()))
+    delimiter = _delimiter(text, set(wanted.theirs.values()))
     reader = csv.reader(StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     lines: list[int] = []
     ragged: dict[int, int] = {}
     try:
         header = next((row for row in reader if any(map(str.strip, row))), None)
         if header is None:
-            raise UsageError(f"{name}: empty; expected a header line with columns {', '.join(required)}")
-        places = find_columns(header, name, required, optional, names)
+            raise UsageError(f"{name}: empty; expected a header line with columns {', '.join(wanted.required)}")
+        places = wanted.find(header)
         columns: dict[str, list[str]] = {column: [] for column in places}
         targets = [(columns[column], place) for column, place in places.items()]
         for row in reader:

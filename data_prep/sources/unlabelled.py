@@ -1,10 +1,9 @@
 """A folder of images that nothing is known about: for predicting, never for training."""
 
 from data_prep.sources.base import Source
-from data_prep.sources.entries import entry_table, inputs_digest, without_too_large
-from data_prep.sources.files import files_spec
-from data_prep.sources.listing import list_images, refuse_long_ids, repeated, stem_of
-from data_prep.sources.slides import files_of, read_slides, slides_of
+from data_prep.sources.entries import entry_table
+from data_prep.sources.listing import list_images, listed_source, refuse_long_ids, repeated, stem_of
+from data_prep.sources.slides import read_slides, slides_of
 from sentinode.config import PrepareConfig
 from sentinode.locations import Location
 
@@ -31,13 +30,4 @@ def open_unlabelled(config: PrepareConfig, where: Location, *, slides: Location 
         ids = listing.names
     refuse_long_ids(ids, where)
     entries = entry_table(id=ids, path=listing.names, slide=slides_of(ids, slide_of, slides))
-    entries, rejects = without_too_large(entries, listing.too_large)
-    return Source(
-        kind="unlabelled",
-        where=str(where),
-        entries=entries,
-        rejects=(*listing.refused, *rejects),
-        inputs_sha256=inputs_digest([slides_content], listing.digest),
-        reader=files_spec(where),
-        files=files_of(slides=slides),
-    )
+    return listed_source("unlabelled", where, listing, entries, listing.refused, [slides_content], slides=slides)
