@@ -8,7 +8,8 @@ from sentinode.config import Rgb
 
 def to_unit_nchw(patches: torch.Tensor) -> torch.Tensor:
     """Turn uint8 (n, h, w, 3), 0..255, into float32 (n, 3, h, w), 0..1, on the same device."""
-    return patches.permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
+    # In planes while they are bytes: what follows is faster on planes, resizing nearly twice.
+    return patches.permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(255.0)
 
 
 def resize(batch: torch.Tensor, size_px: int) -> torch.Tensor:

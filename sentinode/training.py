@@ -21,7 +21,7 @@ from sentinode.inference import network_logits
 from sentinode.ingest import RowSource
 from sentinode.learner import Learner
 from sentinode.metrics import roc_auc
-from sentinode.preprocess import normalise, resize, to_unit_nchw
+from sentinode.preprocess import normalise, resize
 
 IntArray = npt.NDArray[np.int64]
 
@@ -303,7 +303,7 @@ class _Epoch:
 
     def _inputs(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         config = self._config
-        patches = augment(to_unit_nchw(images), draws.to(images.device, non_blocking=True), config.augment)
+        patches = augment(images, draws.to(images.device, non_blocking=True), config.augment)
         return normalise(resize(patches, config.input_size_px), config.mean, config.std)
 
     def _weight_of(self, batch: Batch) -> torch.Tensor:

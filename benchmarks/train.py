@@ -1,0 +1,298 @@
+"""How fast a training step is on CPUs, beside what a user would write without Sentinode.
+
+    sentinode prepare --source kaggle/ --out out/data
+    python -m benchmarks.train --data out/data --source kaggle/ --pairs 9
+
+Both sides run in the same process, in turns, on the same rows in the same order, with the same network, batch, precision (fp32), threads,
+weighted loss and Adam; augmentation is off. Times are of training alone, without validation; the first batch of each side is shown apart. Parts:
+
+full    ResNet-34, everything trains, 96 px, one worker: beside a plain PyTorch loop over tensors in memory. Goal 0.97 of its speed.
+frozen  unfreeze_depth 1, 224 px, one worker: beside that loop with the same layers frozen (no gradients, BatchNorm in eval mode). Goal 1.3 times its
+        speed, the losses of both within 1e-3.
+tifs    as full: beside a DataLoader over the TIF files, the best of 0, 1 and 2 worker processes. Goal: ahead of it.
+ddp     as full, two workers of one thread each: beside DistributedDataParallel around the plain loop; both under torchrun. Goal 0.98.
+outside what of our own step is not forward, backward and optimiser, with the default augmentation; no peer.
+
+Ends with exit code 1 where a goal is missed; a goal is met where the interval of the median reaches it.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.ratios import Median, median_of
+from sentinode.config import AugmentConfig, TrainConfig
+from sentinode.dataset import Patches, PreparedDataset
+from sentinode.ingest import ResidentRows
+from sentinode.learner import Learner
+from sentinode.model import build_model
+from sentinode.preprocess import network_input
+from sentinode.training import Group, Progress, train_epochs
+
+GOALS = {"full": 0.97, "frozen": 1.3, "tifs": 1.0, "ddp": 0.98}
+LOSS_TOLERANCE = 1e-3
+_PLAIN = AugmentConfig(dihedral=False, colour_jitter=0, hue_jitter=0)
+_FROZEN = ("conv1", "bn1", "layer1", "layer2", "layer3")
+
+
+def config_of(part: str, batch_size: int) -> TrainConfig:
+    """Return what is trained in a part."""
+    full = part != "frozen"
+    return TrainConfig(
+        weights="none",
+        unfreeze_depth=5 if full else 1,
+        input_size_px=96 if full else 224,
+        batch_size=batch_size,
+        schedule="constant",
+        early_stopping_patience_epochs=None,
+        epochs=10**6,
+        augment=AugmentConfig() if part == "outside" else _PLAIN,
+    )
+
+
+def network(config: TrainConfig) -> nn.Module:
+    """Return the same random network for both sides."""
+    torch.manual_seed(0)
+    return build_model(config.arch)
+
+
+Batches = Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]]
+
+
+class Ours:
+    """Sentinode's loop, one epoch at a time."""
+
+    def __init__(self, config: TrainConfig, rows: Patches, group: Group, learner: type[Learner] = Learner) -> None:
+        self.config, self.group, self.progress = config, group, Progress()
+        self.learner = learner(network(config), config, device=group.device, world_size=group.world_size)
+        self.source = ResidentRows(rows, group.device)
+        # Validation is not timed; it needs a row of each class.
+        self.val = rows.take(np.array([int(np.flatnonzero(rows.labels == label)[0]) for label in (0, 1)]))
+
+    def epoch(self) -> dict[str, Any]:
+        """Train one epoch and return its record."""
+        until = self.config.model_copy(update={"epochs": self.progress.epochs_done + 1})
+        train_epochs(self.learner, self.source, self.val, until, self.progress, group=self.group)
+        return self.progress.history[-1]
+
+
+class Plain:
+    """What a user would write: tensors in memory, the network in train mode, cross-entropy, Adam."""
+
+    def __init__(
+        self, config: TrainConfig, rows: Patches, group: Group, batches: Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]]
+    ) -> None:
+        self.config, self.batches, self.epochs_done, self.group = config, batches, 0, group
+        model = network(config)
+        self.frozen = [model.get_submodule(name) for name in _FROZEN] if config.unfreeze_depth == 1 else []
+        for module in self.frozen:
+            module.requires_grad_(False)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.model = DistributedDataParallel(model) if group.world_size > 1 else model
+        self.optimiser = torch.optim.Adam(trained, lr=config.learning_rate)
+        positive = int(rows.labels.sum())
+        self.criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, (len(rows) - positive) / positive]))
+
+    def epoch(self) -> dict[str, Any]:
+        """Train one epoch; its seconds, those of its first batch and its mean loss."""
+        started, first = time.monotonic(), None
+        self.model.train()
+        for module in self.frozen:
+            module.eval()
+        losses = []
+        for patches, labels in self.batches(self.epochs_done):
+            inputs = network_input(patches, self.config.input_size_px, self.config.mean, self.config.std)
+            loss = self.criterion(self.model(inputs), labels)
+            self.optimiser.zero_grad()
+            loss.backward()
+            self.optimiser.step()
+            losses.append(loss.item())
+            first = first or time.monotonic() - started
+        self.epochs_done += 1
+        return {"seconds": time.monotonic() - started, "first_batch_seconds": first, "train_loss": float(np.mean(losses))}
+
+
+def from_memory(config: TrainConfig, rows: Patches, group: Group) -> Batches:
+    """Batches of tensors in memory, in the order of ours."""
+    images, labels = torch.from_numpy(rows.images.copy()), torch.from_numpy(rows.labels)
+    source = ResidentRows(rows, "cpu")
+
+    def batches(epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        order = source.order(config.seed, epoch, group.world_size, config.batch_size)
+        for index in torch.from_numpy(np.array_split(order, group.world_size)[group.rank]).split(config.batch_size):
+            yield images[index], labels[index]
+
+    return batches
+
+
+class TifRows(Dataset[tuple[torch.Tensor, int]]):
+    """One TIF after the other, as a user would read them first."""
+
+    def __init__(self, folder: Path, rows: Patches) -> None:
+        self.paths = [folder / "train" / f"{name}.tif" for name in rows.ids]
+        self.labels = rows.labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        with Image.open(self.paths[row]) as image:
+            return torch.from_numpy(np.array(image)), self.labels[row]
+
+
+def from_tifs(folder: Path, rows: Patches, batch_size: int, workers: int) -> Batches:
+    """Batches of a DataLoader."""
+    loader = DataLoader(TifRows(folder, rows), batch_size=batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+    return lambda epoch: loader
+
+
+def compare(ours: Ours, plain: Plain, pairs: int) -> dict[str, Any]:
+    """Take turns; each side's first epoch only warms up. Returns the speed of ours as a part of theirs, per pair, and both sides' losses."""
+    first = (ours.epoch()["first_batch_seconds"], plain.epoch()["first_batch_seconds"])
+    ratios, losses = [], []
+    for pair in range(pairs):
+        sides: list[Any] = [ours, plain] if pair % 2 else [plain, ours]
+        done = {id(side): side.epoch() for side in sides}
+        mine, theirs = done[id(ours)], done[id(plain)]
+        ratios.append(theirs["seconds"] / mine["seconds"])
+        losses.append(abs(theirs["train_loss"] - mine["train_loss"]))
+    return {"ratios": ratios, "first_batch_seconds": first, "loss_difference": max(losses)}
+
+
+def report(part: str, result: dict[str, Any], note: str = "") -> bool:
+    """Print one line; return whether the goal is met."""
+    ratio: Median = median_of(result["ratios"])
+    met = ratio.high >= GOALS[part]
+    first = " and ".join(f"{seconds:.2f} s" for seconds in result["first_batch_seconds"])
+    print(
+        f"{part}: {ratio} of the peer's speed{note}; goal {GOALS[part]}: {'met' if met else 'MISSED'}; first batch, ours and theirs: {first}",
+        flush=True,
+    )
+    if part == "frozen":
+        same = result["loss_difference"] <= LOSS_TOLERANCE
+        print(
+            f"frozen: largest difference of an epoch's loss {result['loss_difference']:.1e}; goal {LOSS_TOLERANCE:g}: {'met' if same else 'MISSED'}"
+        )
+        met = met and same
+    return met
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "MISSED"
+
+
+class _Timed(Learner):
+    """A learner that notes how long forward, backward and optimiser take (on CPU, where calls wait)."""
+
+    seconds = 0.0
+
+    def _noted(self, work: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        result = work()
+        self.seconds += time.perf_counter() - started
+        return result
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        z: torch.Tensor = self._noted(lambda: super(_Timed, self).forward(inputs))
+        return z
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        self._noted(lambda: super(_Timed, self).backward(loss, last=last))
+
+    def step(self) -> None:
+        self._noted(lambda: super(_Timed, self).step())
+
+
+def outside(config: TrainConfig, rows: Patches, epochs: int) -> list[float]:
+    """Return, per epoch, the part of the time that is not forward, backward and optimiser."""
+    ours = Ours(config, rows, Group(), _Timed)
+    learner: Any = ours.learner
+    ours.epoch()
+    parts = []
+    for _ in range(epochs):
+        learner.seconds = 0.0
+        parts.append(1 - learner.seconds / ours.epoch()["seconds"])
+    return parts
+
+
+def run_rank(args: argparse.Namespace) -> None:
+    """One process of the part ddp, started by torchrun."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    group = Group(dist.get_rank(), dist.get_world_size())
+    rows = PreparedDataset.open(args.data).read_split("train").take(np.arange(args.steps * args.batch_size * group.world_size))
+    config = config_of("ddp", args.batch_size)
+    result = compare(Ours(config, rows, group), Plain(config, rows, group, from_memory(config, rows, group)), args.pairs)
+    if group.rank == 0:
+        Path(args.result).write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+def run_ddp(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Start torchrun and return what its rank 0 measured."""
+    own = ["-m", "benchmarks.train", "--part", "rank", "--data", args.data, "--result", str(scratch)]
+    own += ["--pairs", str(args.pairs), "--steps", str(args.steps), "--batch-size", str(args.batch_size)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, *own], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    result: dict[str, Any] = json.loads(scratch.read_text())
+    return result
+
+
+def main() -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="a prepared data set")
+    parser.add_argument("--source", type=Path, help="the Kaggle-layout folder it was prepared from (part tifs)")
+    parser.add_argument("--part", default="all", choices=["full", "frozen", "tifs", "ddp", "outside", "all", "rank"])
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=6, help="steps an epoch")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--result", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part == "rank":
+        run_rank(args)
+        return 0
+    torch.set_num_threads(args.threads)
+    rows = PreparedDataset.open(args.data).read_split("train").take(np.arange(args.steps * args.batch_size))
+    group, met = Group(), []
+    for part in ("full", "frozen", "tifs", "ddp", "outside") if args.part == "all" else (args.part,):
+        config = config_of(part, args.batch_size)
+        if part == "ddp":
+            scratch = Path(args.result or f"ddp-{os.getpid()}.json")
+            try:
+                met.append(report(part, run_ddp(args, scratch)))
+            finally:
+                scratch.unlink(missing_ok=True)
+        elif part == "outside":
+            print(f"outside: {100 * median_of(outside(config, rows, args.pairs)).value:.1f} % of a step is not forward, backward and optimiser")
+        elif part == "tifs":
+            if args.source is None:
+                parser.error("part tifs needs --source")
+            results = {}
+            for workers in (0, 1, 2):
+                plain = Plain(config, rows, group, from_tifs(args.source, rows, args.batch_size, workers))
+                results[workers] = compare(Ours(config, rows, group), plain, args.pairs)
+            best = min(results, key=lambda workers: median_of(results[workers]["ratios"]).value)
+            met.append(report(part, results[best], f" with {best} worker processes"))
+        else:
+            met.append(report(part, compare(Ours(config, rows, group), Plain(config, rows, group, from_memory(config, rows, group)), args.pairs)))
+    return 0 if all(met) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
