@@ -64,6 +64,12 @@ class Rows:
         )
 
 
+def count_classes(labels: npt.NDArray[np.int64]) -> tuple[int, int, int]:
+    """Return how many labels are normal, metastatic and unknown (-1)."""
+    normal, metastatic, unlabelled = (int((labels == label).sum()) for label in (0, 1, -1))
+    return normal, metastatic, unlabelled
+
+
 @dataclass(frozen=True)
 class Balance:
     """Classes in one share of the data set. `prevalence`: 0..1 of the labelled rows; `difference`: to the whole, 0..1; None without labels."""
@@ -98,8 +104,7 @@ def fold_balance(rows: Rows) -> list[Balance]:
     """Return the classes of each fold, compared with all folds together; none without folds."""
 
     def count(name: str, chosen: npt.NDArray[np.bool_], whole: Balance | None) -> Balance:
-        normal, metastatic, unlabelled = (int((rows.labels[chosen] == label).sum()) for label in (0, 1, -1))
-        return balance(name, normal, metastatic, unlabelled, len(set(rows.groups[chosen])), whole)
+        return balance(name, *count_classes(rows.labels[chosen]), len(set(rows.groups[chosen])), whole)
 
     whole = count("all folds", rows.folds >= 0, None)
     return [count(str(fold), rows.folds == fold, whole) for fold in np.unique(rows.folds[rows.folds >= 0])]
@@ -143,7 +148,7 @@ def largest_groups(rows: Rows) -> list[Group]:
     chosen = sorted((name for name, size in sizes.items() if size > 1), key=lambda name: (-sizes[name], name))[:LARGEST_GROUPS]
     members = [np.flatnonzero(rows.groups == name) for name in chosen]
     return [
-        Group(name, len(own), int((rows.labels[own] == 0).sum()), int((rows.labels[own] == 1).sum()), tuple(sorted(set(rows.splits[own]))))
+        Group(name, len(own), *count_classes(rows.labels[own])[:2], tuple(sorted(set(rows.splits[own]))))
         for name, own in zip(chosen, members, strict=True)
     ]
 

@@ -17,7 +17,7 @@ from data_prep.sources.base import ENTRY_SCHEMA, Reader, Unread
 from data_prep.spool import Spool, anchors_path, checksums, metadata_path, pixels_path, save_array, write_whole
 from sentinode.errors import PatchError, PatchErrorCode
 from sentinode.images import UInt8Array, decode_patch
-from sentinode.tissue import BLACK_MAX, WHITE_MIN, is_tissue
+from sentinode.tissue import is_black_or_white, is_tissue
 
 _TRIPLE = pa.list_(pa.int64(), 3)
 DECODED_SCHEMA = pa.schema(
@@ -204,7 +204,7 @@ def describe(images: UInt8Array) -> Figures:
         pixel_sha1=[hashlib.sha1(image.data, usedforsecurity=False).hexdigest() for image in images],
         checksum=checksums(images),
         tissue_fraction=stained.mean(axis=1, dtype=np.float32),
-        blank=(high.max(axis=(1, 2)) <= BLACK_MAX) | (low.min(axis=(1, 2)) >= WHITE_MIN),
+        blank=is_black_or_white(high, low),
         pale=np.logical_not(stained.any(axis=1)),
         sums=planes.sum(axis=2, dtype=np.uint32).sum(axis=2, dtype=np.int64).T,
         sums_of_squares=squares.sum(axis=2, dtype=np.uint32).sum(axis=2, dtype=np.int64).T,

@@ -40,10 +40,12 @@ def tissue_fraction(patches: UInt8Array) -> npt.NDArray[np.float32]:
     return fraction
 
 
-def is_black_or_white(patches: UInt8Array) -> npt.NDArray[np.bool_]:
-    """Tell which patches hold no image at all: maximum <= 10 or minimum >= 245. `patches`: uint8 (n, h, w, 3) -> bool (n,)."""
-    flat = patches.reshape(len(patches), -1)
-    blank: npt.NDArray[np.bool_] = (flat.max(axis=1) <= BLACK_MAX) | (flat.min(axis=1) >= WHITE_MIN)
+def is_black_or_white(high: UInt8Array, low: UInt8Array) -> npt.NDArray[np.bool_]:
+    """Tell which patches hold no image at all: maximum <= 10 or minimum >= 245.
+
+    `high`, `low`: uint8 (n, h, w), largest and smallest channel of each pixel. Returns bool (n,).
+    """
+    blank: npt.NDArray[np.bool_] = (high.max(axis=(1, 2)) <= BLACK_MAX) | (low.min(axis=(1, 2)) >= WHITE_MIN)
     return blank
 
 

@@ -1,7 +1,9 @@
-"""Small sources in the Kaggle layout, and spools."""
+"""Small sources, and spools."""
 
+import csv
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -38,3 +40,15 @@ def make_spool(folder: Path, images: UInt8Array, block_rows: int = 7) -> tuple[S
         files.append(folder / f"{number}.pixels")
         block.tofile(files[-1])
     return Spool(tuple(files), tuple(map(len, blocks)), images.shape[1]), blocks
+
+
+def write_table(folder: Path, rows: list[dict[str, Any]], images: list[UInt8Array]) -> Path:
+    """Write `images` as PNG and a table that names them."""
+    folder.mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{number:03d}.png")
+    with (folder / "patches.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["path", "label", *rows[0]])
+        writer.writeheader()
+        writer.writerows({"path": f"{number:03d}.png", "label": number % 2, **row} for number, row in enumerate(rows))
+    return folder / "patches.csv"

@@ -10,13 +10,12 @@ import pytest
 
 import data_prep.prepare
 from data_prep import overlap_search
-from data_prep.output import request_of
-from data_prep.prepare import prepare
 from data_prep.synth import synthesize
 from sentinode.config import PrepareConfig
 from sentinode.dataset import PreparedDataset
 from sentinode.errors import SentinodeError
 from sentinode.storage import staging_path, temporary_name
+from tests.data_prep.preparing import prepare
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -30,7 +29,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(source: Path, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return prepare(request_of(CONFIG, source, tmp_path_factory.mktemp("undisturbed") / "out")).manifest.fingerprint
+    return prepare(CONFIG, source, tmp_path_factory.mktemp("undisturbed") / "out").manifest.fingerprint
 
 
 def on_full_disk(file: str) -> Callable[[Path], Path]:
@@ -58,14 +57,14 @@ def assert_fails_and_continues(source: Path, out: Path, stage: str, undisturbed:
     """Prepare fails with one line until `full` is undone; then it continues."""
     staging = staging_path(out)
     with pytest.raises(SentinodeError, match=rf"^{stage} failed: No space left on device \({staging}.*\); make room on that disk and run") as caught:
-        prepare(request_of(CONFIG, source, out))
+        prepare(CONFIG, source, out)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 1
     assert not out.exists()
     assert staging.exists()
     assert [path for path in staging.rglob("*") if path.is_symlink()] == []  # other temporary files may belong to tasks that still run
     full.undo()
-    assert prepare(request_of(CONFIG, source, out)).manifest.fingerprint == undisturbed
+    assert prepare(CONFIG, source, out).manifest.fingerprint == undisturbed
     assert PreparedDataset.open(out).verify() == []
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
@@ -118,7 +117,7 @@ def test_a_disk_that_is_found_full_while_publishing_is_told_in_the_same_way(
 
     monkeypatch.setattr("sentinode.storage._fsync", refused)
     with pytest.raises(SentinodeError, match=r"^prepare failed: Disk quota exceeded \(.*out.staging\); make room there and run the same command"):
-        prepare(request_of(CONFIG, source, tmp_path / "out"))
+        prepare(CONFIG, source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
-    assert prepare(request_of(CONFIG, source, tmp_path / "out")).manifest.fingerprint == undisturbed
+    assert prepare(CONFIG, source, tmp_path / "out").manifest.fingerprint == undisturbed

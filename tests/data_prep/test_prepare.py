@@ -3,7 +3,6 @@ import html
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,10 +10,9 @@ import pytest
 from PIL import Image
 
 from data_prep.output import PrepareRequest, is_complete, rejected_at, request_of
-from data_prep.prepare import PrepareResult
 from data_prep.prepare import prepare as run
 from data_prep.synth import synthesize
-from data_prep.tasks import Progress, run_tasks
+from data_prep.tasks import run_tasks
 from sentinode.config import PrepareConfig
 from sentinode.dataset import INDEX_SCHEMA, REJECTED_SCHEMA, PreparedDataset, row_schema
 from sentinode.errors import RejectedInputsError, SentinodeError, UsageError
@@ -22,14 +20,11 @@ from sentinode.locations import locate
 from sentinode.manifests import LEAK_MEANING
 from sentinode.storage import staging_path
 from tests.data_prep.helpers import write_source
+from tests.data_prep.preparing import killed_at, prepare
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 CONFIG = PrepareConfig(decode_block_rows=64, rows_per_shard=50, row_group_rows=16, folds=3)
-
-
-def prepare(config: PrepareConfig, source: Path | None, out: Path, *, progress: Progress | None = None, **options: Any) -> PrepareResult:
-    return run(request_of(config, source, out, **options), progress=progress)
 
 
 @pytest.fixture(scope="module")
@@ -169,17 +164,9 @@ def test_other_inputs_need_overwrite(copy: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["_deal", "index_of", "publish"])
-def test_a_killed_run_continues_where_it_was(
-    prepared: PreparedDataset, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
-) -> None:
-    def killed(*arguments: object, **named: object) -> None:
-        raise KeyboardInterrupt
-
+def test_a_killed_run_continues_where_it_was(prepared: PreparedDataset, source: Path, tmp_path: Path, stage: str) -> None:
     out = tmp_path / "out"
-    with monkeypatch.context() as patched:
-        patched.setattr(f"data_prep.prepare.{stage}", killed)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(CONFIG, source, out)
+    killed_at(stage, CONFIG, source, out)
     assert not out.exists()
     blocks = sorted(staging_path(out).glob("*/work/block-*.parquet"))
     if blocks:
@@ -276,14 +263,7 @@ def test_an_input_that_becomes_readable_between_two_runs_is_searched_for_overlap
     missing.unlink()
     missing.symlink_to(away)
     config = PrepareConfig(decode_block_rows=8, max_rejected_fraction=0.5)
-
-    def killed(*arguments: object, **named: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("data_prep.prepare._deal", killed)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(config, folder, tmp_path / "out")
+    killed_at("_deal", config, folder, tmp_path / "out")
     away.write_bytes(content)
     request = request_of(config, folder, tmp_path / "out")
     # As an object of a table that comes late, or a file server that is back: the listing is as it was.
@@ -321,27 +301,16 @@ def test_a_refused_run_keeps_its_work_where_inputs_may_become_readable(copy: Pat
 def test_what_is_left_by_a_kill_after_publishing_is_cleared_up_by_the_same_command(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*arguments: object, **named: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
-        patched.setattr("data_prep.prepare.rejected_at", killed)
         patched.setattr("data_prep.prepare.shutil.rmtree", lambda *arguments, **named: None)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(CONFIG, source, tmp_path / "out")
+        killed_at("rejected_at", CONFIG, source, tmp_path / "out")
     assert staging_path(tmp_path / "out").exists()
     assert prepare(CONFIG, source, tmp_path / "out").already_complete
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_finished_staging_folder_that_was_damaged_is_not_published(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(*arguments: object, **named: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("data_prep.prepare.publish", killed)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(CONFIG, source, tmp_path / "out")
+def test_a_finished_staging_folder_that_was_damaged_is_not_published(source: Path, tmp_path: Path) -> None:
+    killed_at("publish", CONFIG, source, tmp_path / "out")
     (shard,) = staging_path(tmp_path / "out").glob("*/data/train/part-00000.parquet")
     shard.write_bytes(b"")  # the machine lost its power before the disk had it
     prepare(CONFIG, source, tmp_path / "out")

@@ -1,6 +1,5 @@
 """Prepare from and to everything that is not a folder in the Kaggle layout, and splits that are not dealt."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,14 @@ from PIL import Image
 
 from data_prep.output import request_of
 from data_prep.prepare import PrepareResult
-from data_prep.prepare import prepare as run
 from data_prep.synth import synthesize
 from sentinode.config import PrepareConfig
 from sentinode.dataset import PreparedDataset
 from sentinode.errors import UsageError
-from sentinode.images import UInt8Array
 from sentinode.locations import locate
-from tests.data_prep.helpers import noise
+from tests.data_prep import preparing
+from tests.data_prep.helpers import noise, write_table
+from tests.data_prep.preparing import killed_at
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -26,21 +25,9 @@ CONFIG = {"decode_block_rows": 64, "rows_per_shard": 50, "row_group_rows": 16}
 
 
 def prepare(source: Any, out: Any, *, settings: dict[str, Any] | None = None, **options: Any) -> PrepareResult:
-    result = run(request_of(PrepareConfig(**CONFIG | (settings or {})), source, out, **options))
+    result = preparing.prepare(PrepareConfig(**CONFIG | (settings or {})), source, out, **options)
     assert PreparedDataset.open(out).verify() == []
     return result
-
-
-def write_table(folder: Path, rows: list[dict[str, Any]], images: list[UInt8Array]) -> Path:
-    """Write `images` as PNG and a table that names them."""
-    folder.mkdir()
-    for number, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{number:03d}.png")
-    with (folder / "patches.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["path", "label", *rows[0]])
-        writer.writeheader()
-        writer.writerows({"path": f"{number:03d}.png", "label": number % 2, **row} for number, row in enumerate(rows))
-    return folder / "patches.csv"
 
 
 @pytest.fixture(scope="module")
@@ -172,18 +159,9 @@ def test_s3_in_and_out_gives_the_same_data_set(source: Path, prepared: PrepareRe
     assert local.manifest.fingerprint == replaced.manifest.fingerprint
 
 
-def test_an_interrupted_upload_continues_below_the_same_root(
-    source: Path, prepared: PrepareResult, tmp_path: Path, s3_folder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_upload_continues_below_the_same_root(source: Path, prepared: PrepareResult, tmp_path: Path, s3_folder: str) -> None:
     out = f"{s3_folder}/data"
-
-    def killed(*arguments: object, **named: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("data_prep.prepare.publish", killed)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(source, out, work=tmp_path / "work")
+    killed_at("publish", PrepareConfig(**CONFIG), source, out, work=tmp_path / "work")
     assert not (locate(out) / "dataset.json").exists()
     sent = {entry.name: entry.stamp for entry in locate(out).entries(recursive=True)}
     result = prepare(source, out, work=tmp_path / "work")

@@ -17,15 +17,17 @@ import data_prep.prepare
 from data_prep.overlap_search import search_overlaps
 from data_prep.prepare import PrepareResult
 from data_prep.synth import synthesize
+from sentinode.config import PrepareConfig
 from sentinode.dataset import PreparedDataset
 from sentinode.errors import SentinodeError, UsageError
 from sentinode.images import UInt8Array
 from sentinode.locations import locate
 from sentinode.manifests import DatasetManifest
 from sentinode.retries import PATIENCE_VARIABLE
-from tests.data_prep.helpers import noise, sha1, write_source
+from tests.data_prep.helpers import noise, sha1, write_source, write_table
+from tests.data_prep.preparing import killed_at
 from tests.data_prep.sources.test_pcam import noise_images, write_part
-from tests.data_prep.test_prepare_layouts import CONFIG, SPLITS, prepare, write_table
+from tests.data_prep.test_prepare_layouts import CONFIG, SPLITS, prepare
 from tests.s3 import FlakyServer
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -83,14 +85,7 @@ def test_packed_pcam_is_unpacked_once_however_often_the_run_is_interrupted(tmp_p
     settings = {"split": "predefined"}
     write_pcam(tmp_path / "plain")
     write_pcam(tmp_path / "packed", packed=True)
-
-    def killed(*arguments: object, **named: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("data_prep.prepare._deal", killed)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(tmp_path / "packed", tmp_path / "out", settings=settings)
+    killed_at("_deal", PrepareConfig(**CONFIG | settings), tmp_path / "packed", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     seen: list[str] = []
     with monkeypatch.context() as patched:
