@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sentinode.errors import ManifestError, UsageError
@@ -16,6 +17,9 @@ from sentinode.images import UInt8Array
 from sentinode.locations import Location, locate
 from sentinode.manifests import DatasetManifest, ShardRecord, read_dataset_manifest
 from sentinode.retries import try_local
+
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -112,7 +116,7 @@ class Patches:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def take(self, rows: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> "Patches":
+    def take(self, rows: IntArray | BoolArray) -> "Patches":
         """Return the chosen rows, as copies."""
         return Patches(self.ids[rows], self.labels[rows], self.groups[rows], self.images[rows])
 
@@ -156,11 +160,14 @@ class PreparedDataset:
     @cached_property
     def index(self) -> pa.Table:
         """index.parquet, one row per patch; raises like `read_shard`."""
+        return self._read_index(INDEX_SCHEMA.names)
+
+    def _read_index(self, columns: list[str]) -> pa.Table:
         file = self.root / "index.parquet"
         try:
-            return _read_parquet(file, INDEX_SCHEMA.names).cast(INDEX_SCHEMA)
+            return _read_parquet(file, columns).cast(pa.schema([INDEX_SCHEMA.field(name) for name in columns]))
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise _unreadable(file, error) from error
+            raise unreadable(file, error) from error
 
     def read_shard(self, shard: ShardRecord) -> Patches:
         """Read one shard.
@@ -171,14 +178,9 @@ class PreparedDataset:
             The file is missing, damaged, or has another number of rows than the manifest says.
         """
         table = self._read_table(shard, ["id", "label", "group", "image"])
-        if table["label"].null_count:
-            raise UsageError(f"{self.root / shard.path}: unlabelled rows; training and evaluation need labels")
-        labels = table["label"].to_numpy().astype(np.int64)
-        if not np.isin(labels, (0, 1)).all():
-            raise ManifestError(f"{self.root / shard.path}: labels other than 0 and 1")
         return Patches(
             ids=np.asarray(table["id"].to_pylist(), dtype=np.str_),
-            labels=labels,
+            labels=labels_of(table["label"], self.root / shard.path),
             groups=np.asarray(table["group"].to_pylist(), dtype=np.str_),
             images=column_to_images(table["image"], self.manifest.patch_size_px),
         )
@@ -193,17 +195,21 @@ class PreparedDataset:
         try:
             table = _read_parquet(file, columns)
         except (OSError, pa.ArrowException) as error:
-            raise _unreadable(file, error) from error
+            raise unreadable(file, error) from error
         if problem := shape_problem(table, shard, columns, self.manifest.patch_size_px):
             raise ManifestError(f"{file}: {problem}")
         return table
 
     def read_split(self, split: str) -> Patches:
-        """Read a whole split into memory (27,648 bytes a patch at 96 px), in shard order."""
-        return concatenate([self.read_shard(shard) for shard in self.shards(split)])
+        """Read a whole split into memory (27,648 bytes a patch at 96 px), in shard order. Holds one shard beside what it returns."""
+        shards = self.shards(split)
+        (rows,) = self._read_rows(shards, [np.ones(sum(shard.rows for shard in shards), np.bool_)])
+        return rows
 
     def read_train_and_val(self, fold: int | None) -> tuple[Patches, Patches]:
         """Read the rows to train on and the rows to validate on: the splits, or with `fold` the other folds and that fold.
+
+        Each shard is read once; one of them is held beside what is returned.
 
         Raises
         ------
@@ -214,19 +220,82 @@ class PreparedDataset:
         """
         if fold is None:
             return self.read_split("train"), self.read_split("val")
+        shards, validates = self.train_and_val_rows(fold)
+        train, val = self._read_rows(shards, [~validates, validates])
+        return train, val
+
+    def read_val(self, fold: int | None) -> Patches:
+        """Read the rows to validate on alone; they and what is raised are as in `read_train_and_val`."""
+        if fold is None:
+            return self.read_split("val")
+        shards, validates = self.train_and_val_rows(fold)
+        (val,) = self._read_rows(shards, [validates])
+        return val
+
+    def train_and_val_rows(self, fold: int | None) -> tuple[list[ShardRecord], BoolArray]:
+        """Tell, without reading pixels, which rows train and which validate; raises like `read_train_and_val`.
+
+        Returns
+        -------
+        shards : list of ShardRecord
+            Those of the splits train and val, in order.
+        validates : ndarray of bool, shape (n,)
+            Of all rows of `shards`, in order. The others train.
+        """
+        if fold is None:
+            train, val = self.shards("train"), self.shards("val")
+            return [*train, *val], np.repeat([False, True], [sum(shard.rows for shard in side) for side in (train, val)])
         folds = self.manifest.split.folds
         if folds is None or fold >= folds:
             raise UsageError(
                 f"{self.path}: no fold {fold}; " + ("it was prepared without folds" if folds is None else f"it has folds 0 to {folds - 1}")
             )
-        rows = concatenate([self.read_split(split) for split in ("train", "val") if split in self.manifest.counts])
-        fold_of = dict(zip(self.index["id"].to_pylist(), self.index["fold"].to_pylist(), strict=True))
-        if not fold_of.keys() >= set(rows.ids.tolist()):
-            raise ManifestError(f"{self.root / 'index.parquet'}: rows of the shards are missing; `sentinode verify` checks the whole data set")
-        validates = np.asarray([fold_of[id_] == fold for id_ in rows.ids.tolist()])
+        shards = [shard for split in ("train", "val") if split in self.manifest.counts for shard in self.shards(split)]
+        validates = np.asarray(pc.fill_null(pc.equal(self.index_of(shards, ["fold"])["fold"], fold), False))
         if validates.all() or not validates.any():
             raise UsageError(f"{self.path}: fold {fold} leaves {(~validates).sum()} rows to train on and {validates.sum()} to validate on")
-        return rows.take(~validates), rows.take(validates)
+        return shards, validates
+
+    def index_of(self, shards: list[ShardRecord], columns: list[str]) -> pa.Table:
+        """Return columns of the index for all rows of some shards, in the order of the shards' rows.
+
+        Raises
+        ------
+        ManifestError
+            The index cannot be read, or lacks a row of the shards.
+        """
+        index = self._read_index([name for name in INDEX_SCHEMA.names if name in (*columns, "shard", "row")])
+        counts = np.asarray([shard.rows for shard in shards], np.int64)
+        shard = pc.fill_null(pc.index_in(index["shard"], pa.array([shard.path for shard in shards], pa.string())), -1).to_numpy()
+        row = index["row"].to_numpy()
+        listed = np.flatnonzero((shard >= 0) & (row >= 0) & (row < counts[shard]))
+        places = np.full(counts.sum(), -1, np.int64)
+        places[(np.cumsum(counts) - counts)[shard[listed]] + row[listed]] = listed
+        if (places < 0).any():
+            raise ManifestError(f"{self.root / 'index.parquet'}: rows of the shards are missing; `sentinode verify` checks the whole data set")
+        return index.select(columns).take(pa.array(places))
+
+    def _read_rows(self, shards: list[ShardRecord], masks: list[BoolArray]) -> list[Patches]:
+        """Read, for each mask over all rows of `shards`, the rows that it chooses, in order."""
+        if len(shards) == 1 and len(masks) == 1 and masks[0].all():
+            return [self.read_shard(shards[0])]
+        side = self.manifest.patch_size_px
+        # Allocated once and filled: joining parts at the end would hold everything twice.
+        images = [np.empty((np.count_nonzero(mask), side, side, 3), np.uint8) for mask in masks]
+        parts: list[list[Patches]] = [[] for _ in masks]
+        filled, first = [0] * len(masks), 0
+        for shard in shards:
+            chosen = [np.flatnonzero(mask[first : first + shard.rows]) for mask in masks]
+            first += shard.rows
+            if not any(map(len, chosen)):
+                continue
+            part = self.read_shard(shard)
+            for number, rows in enumerate(chosen):
+                place = images[number][filled[number] : filled[number] + len(rows)]
+                filled[number] += len(rows)
+                np.take(part.images, rows, axis=0, out=place, mode="clip")  # "raise" would take a copy of `place`
+                parts[number].append(Patches(part.ids[rows], part.labels[rows], part.groups[rows], place))
+        return [_joined(of_mask, pixels) for of_mask, pixels in zip(parts, images, strict=True)]
 
     def verify(self) -> list[str]:
         """Re-check every file, row and pixel; return one line per problem, none if the data set is whole (`sentinode.dataset_checks`)."""
@@ -242,21 +311,40 @@ def _read_parquet(file: Location, columns: list[str]) -> pa.Table:
     return pq.read_table(pa.BufferReader(file.read_bytes()), columns=columns)
 
 
+def labels_of(column: pa.ChunkedArray, file: Location) -> IntArray:
+    """Return a `label` column as int64, 0 or 1; raises UsageError where a label is unknown and ManifestError where it is another, naming `file`."""
+    if column.null_count:
+        raise UsageError(f"{file}: unlabelled rows; training and evaluation need labels")
+    labels: IntArray = column.to_numpy().astype(np.int64)
+    if not np.isin(labels, (0, 1)).all():
+        raise ManifestError(f"{file}: labels other than 0 and 1")
+    return labels
+
+
 def shape_problem(table: pa.Table, shard: ShardRecord, columns: list[str], patch_size_px: int) -> str | None:
     """Return what is wrong with the rows and columns of a shard, None if nothing is."""
-    if table.num_rows != shard.rows:
-        return f"{table.num_rows} rows, but dataset.json says {shard.rows}"
+    if problem := schema_problem(table.schema, table.num_rows, shard, columns, patch_size_px):
+        return problem
     for field in map(row_schema(patch_size_px).field, columns):
-        if field.name not in table.schema.names:
-            return f"no column {field.name}"
-        if (found := table.schema.field(field.name).type) != field.type:
-            return f"column {field.name} is of type {found}, not {field.type}"
         if not field.nullable and table[field.name].null_count:
             return f"nulls in column {field.name}"
     return None
 
 
-def _unreadable(file: Location, error: Exception) -> ManifestError:
+def schema_problem(schema: pa.Schema, rows: int, shard: ShardRecord, columns: list[str], patch_size_px: int) -> str | None:
+    """Return what is wrong with a shard of which only the footer was read, None if nothing is."""
+    if rows != shard.rows:
+        return f"{rows} rows, but dataset.json says {shard.rows}"
+    for field in map(row_schema(patch_size_px).field, columns):
+        if field.name not in schema.names:
+            return f"no column {field.name}"
+        if (found := schema.field(field.name).type) != field.type:
+            return f"column {field.name} is of type {found}, not {field.type}"
+    return None
+
+
+def unreadable(file: Location, error: Exception) -> ManifestError:
+    """Return the one line for a file of a data set that cannot be read."""
     return ManifestError(f"{file}: cannot be read ({str(error).splitlines()[0]}); `sentinode verify` checks the whole data set")
 
 
@@ -271,9 +359,14 @@ def concatenate(parts: list[Patches]) -> Patches:
     """Join row sets in the given order."""
     if len(parts) == 1:
         return parts[0]
+    return _joined(parts, np.concatenate([part.images for part in parts]))
+
+
+def _joined(parts: list[Patches], images: UInt8Array) -> Patches:
+    """Join row sets whose pixels lie in one array already."""
     return Patches(
         ids=np.concatenate([part.ids for part in parts]),
         labels=np.concatenate([part.labels for part in parts]),
         groups=np.concatenate([part.groups for part in parts]),
-        images=np.concatenate([part.images for part in parts]),
+        images=images,
     )

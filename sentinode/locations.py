@@ -114,6 +114,10 @@ class Location:
             return try_local(self.uri, Path(self.uri).read_bytes)
         return cast(bytes, self._ask(lambda files, path: files.cat_file(path)))
 
+    def read_range(self, start: int, end: int) -> bytes:
+        """Return the bytes from `start` to before `end` of an object in a store; one request."""
+        return cast(bytes, self._ask(lambda files, path: files.cat_file(path, start=start, end=end)))
+
     def read_many(self, names: Sequence[str]) -> list[bytes | OSError]:
         """Return the whole content of many small objects below this folder of an object store, in order, or why one of them has none.
 
@@ -143,7 +147,7 @@ class Location:
         """Open a file for reading, seekable; pyarrow.parquet and h5py take it. What is read whole is read faster with `read_bytes`."""
         if self.is_local:
             return try_local(self.uri, lambda: open(self.uri, "rb"))
-        return ObjectFile(self.size(), lambda start, end: self._ask(lambda files, path: files.cat_file(path, start=start, end=end))).buffered()
+        return ObjectFile(self.size(), self.read_range).buffered()
 
     def entries(self, *, recursive: bool = False) -> list[Entry]:
         """List a folder, sorted by name: its files and folders, or with `recursive` all files below it. One request lists a thousand objects.

@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sentinode.storage import file_record, write_json
 from sentinode.verify import verify_folder
 from tests.factories import learnable_patches, make_dataset, random_patches
 from tests.s3 import FlakyServer
+from tests.sentinode.stored_rows import store
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +188,45 @@ def test_a_fold_validates_on_its_rows_and_trains_on_the_other_folds(original: Pr
         assert len(train) + len(val) == 60, "train and val rows, and none of test"
         everyone.extend(val.ids.tolist())
     assert len(everyone) == len(set(everyone)) == 60
+
+
+@pytest.mark.parametrize("fold", [None, 0, 2])
+def test_rows_of_several_shards_are_told_apart_without_pixels_and_read_in_order(tmp_path: Path, fold: int | None) -> None:
+    dataset = store(tmp_path / "data", (17, 1, 30))
+    whole = concatenate([dataset.read_shard(shard) for shard in dataset.manifest.shards])
+    shards, validates = dataset.train_and_val_rows(fold)
+    assert shards == dataset.manifest.shards
+    fold_of = dict(zip(dataset.index["id"].to_pylist(), dataset.index["fold"].to_pylist(), strict=True))
+    assert validates.tolist() == [row >= 48 if fold is None else fold_of[id_] == fold for row, id_ in enumerate(whole.ids.tolist())]
+    train, val = dataset.read_train_and_val(fold)
+    for found, mask in ((train, ~validates), (val, validates), (dataset.read_val(fold), validates)):
+        for name in ("ids", "labels", "groups", "images"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(whole, name)[mask])
+
+
+def test_the_index_is_arranged_like_the_shards(tmp_path: Path) -> None:
+    dataset = store(tmp_path / "data", (17, 5))
+    shards = dataset.shards("train")[::-1]
+    index = dataset.index_of(shards, ["label", "id"])
+    assert index.column_names == ["label", "id"]
+    expected = [dataset.read_shard(shard) for shard in shards]
+    assert index["id"].to_pylist() == [id_ for part in expected for id_ in part.ids.tolist()]
+    assert index["label"].to_pylist() == [label for part in expected for label in part.labels.tolist()]
+
+
+@pytest.mark.parametrize("fold", [None, 1])
+def test_reading_holds_the_rows_once(tmp_path: Path, fold: int | None) -> None:
+    """And one shard; twice, where it has several row groups."""
+    dataset = store(tmp_path / "data", (100,) * 10, row_group_rows=50, side_px=32, val_rows=100)
+    dataset.read_val(fold)
+    tracemalloc.start()
+    train, val = dataset.read_train_and_val(fold)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    pixels = train.images.nbytes + val.images.nbytes
+    assert pixels == 1100 * 32 * 32 * 3
+    # Lists of ids and Parquet's own memory aside, which tracemalloc does not see.
+    assert peak < pixels * 1.25 + 400_000
 
 
 def test_a_fold_that_does_not_exist_is_refused(original: PreparedDataset, folder: Path) -> None:
