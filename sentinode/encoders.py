@@ -1,15 +1,16 @@
-"""Encoders: how each network falls into a stem, four stages and a head, so that `unfreeze_depth` means the same for all of them."""
+"""Encoders cut in stages: what trains and what is frozen, and a fast copy of what is frozen. `unfreeze_depth` means the same for all of them."""
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision import models
 
+from sentinode.encoder_stages import CUTS
 from sentinode.errors import ConfigError
+from sentinode.timm_encoders import timm_cut
 
 STAGE_COUNT = 6
 """Stem, four stages, head."""
@@ -24,7 +25,7 @@ def stages_of(model: nn.Module, *, dropout: float = 0.0) -> list[nn.Module]:
     Parameters
     ----------
     model : nn.Module
-        What `build_model` returns, or another network of a class that it can build.
+        What `build_model` returns.
     dropout : float
         Share of the features before the last linear layer that the head sets to zero in train mode; 0 leaves what the encoder has of its own.
 
@@ -33,7 +34,7 @@ def stages_of(model: nn.Module, *, dropout: float = 0.0) -> list[nn.Module]:
     ConfigError
         The network is of a class whose stages are not known.
     """
-    cut = next((cut for kind, cut in _CUTS.items() if type(model) is kind), None)
+    cut = next((cut for kind, cut in CUTS.items() if isinstance(model, kind)), None) or timm_cut(model)
     if cut is None:
         raise ConfigError(f"arch: {type(model).__name__} is a network whose stages are not known")
     *body, head = cut(model)
@@ -77,6 +78,12 @@ def split_at(model: nn.Module, depth: int, *, dropout: float = 0.0) -> tuple[nn.
     cut = STAGE_COUNT - 1 - depth
     trunk = nn.Sequential(*stages[:cut]).eval() if cut else None
     return trunk, nn.Sequential(*stages[cut:]).train()
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """Names, in the model's state dict, of the weights that the head holds: what another number of classes changes."""
+    head = {id(parameter) for parameter in stages_of(model)[-1].parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in head}
 
 
 def fast_trunk(trunk: nn.Module) -> nn.Module:
@@ -138,20 +145,3 @@ def _head(parts: Sequence[nn.Module], dropout: float) -> nn.Module:
     rest = [part for part in parts if not isinstance(part, nn.Dropout)]
     last = next(index for index, part in enumerate(rest) if any(True for _ in part.parameters()))
     return nn.Sequential(*rest[:last], nn.Dropout(dropout), *rest[last:])
-
-
-def _resnet(model: Any) -> list[list[nn.Module]]:
-    return [
-        [model.conv1, model.bn1, model.relu, model.maxpool],
-        [model.layer1],
-        [model.layer2],
-        [model.layer3],
-        [model.layer4],
-        [model.avgpool, nn.Flatten(), model.fc],
-    ]
-
-
-_CUTS: dict[type[nn.Module], Callable[[Any], list[list[nn.Module]]]] = {
-    models.ResNet: _resnet,
-}
-"""Model class -> its six stages, each a list of modules that are applied in order; the last one holds one layer with weights alone."""

@@ -74,7 +74,7 @@ def finish_bundle(
     UsageError
         A class is absent from `calibration`.
     """
-    model = build_model(config.arch, weights="none")
+    model = build_model(config.arch, weights="none", input_size_px=config.input_size_px)
     model.load_state_dict(weights)
     model.eval().to(device)
     logits = network_logits(

@@ -36,7 +36,7 @@ class Predictor:
         # The one rule of `auto`: the fastest verified engine that is in the bundle. Bundles hold only torch weights so far.
         self.engine = "torch" if engine == "auto" else engine
         self.device = device
-        self._model = build_model(self.manifest.arch, weights="none")
+        self._model = build_model(self.manifest.arch, weights="none", input_size_px=self.manifest.input_size_px)
         try:
             self._model.load_state_dict(bundle.read_weights())
         except RuntimeError as error:

@@ -3,14 +3,15 @@
 import itertools
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from sentinode.config.base import Config, Rgb, Seed
+from sentinode.encoder_names import check_arch, check_input_size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-Arch = Literal["resnet18", "resnet34"]
+Arch = Annotated[str, AfterValidator(check_arch)]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Depth = Annotated[int, Field(ge=0, le=5)]
 Count = Annotated[int, Field(ge=1)]
@@ -57,11 +58,11 @@ class TrainConfig(Config):
     """How a model is fine-tuned on a prepared data set. The defaults are the published protocol's, corrected (docs/training.md)."""
 
     arch: Arch = "resnet34"
-    """Network."""
+    """Network: a classifier of torchvision by its name there, or `timm:NAME` with the extra `timm` (docs/training.md)."""
     weights: str = "imagenet"
     """Initial weights: `imagenet` (torchvision's enum), `none` (random), or a .safetensors/.pth file or a bundle folder."""
     unfreeze_depth: Annotated[int, Field(ge=0, le=5)] = 1
-    """Stages that train, counted from the head: 0 = fc, 1 = + layer4, 2 = + layer3, 3 = + layer2, 4 = + layer1, 5 = everything."""
+    """Stages that train, counted from the head: 0 = the last layer, 1 to 4 = + one stage each (`layer4` to `layer1`), 5 = everything."""
     unfreeze_schedule: dict[Annotated[int, Field(ge=1)], Depth] = {}
     """Progressive unfreezing: number of epochs done -> the depth from then on, e.g. {2: 3, 5: 5}. Depths only grow."""
     input_size_px: Annotated[int, Field(ge=32, le=512)] = 224
@@ -166,6 +167,7 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        check_input_size(self.arch, self.input_size_px)
         if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
             raise ValueError(f"workers {list(self.workers)} must be [min, max] with min <= max")
         if self.use_gpu is False and self.precision == "fp16":

@@ -96,7 +96,7 @@ def test_an_unknown_key_is_named_with_its_neighbour(fields: dict[str, object], m
         ("learning_rate", float("nan"), "finite"),
         ("learning_rate", float("inf"), "finite"),
         ("target_recall", 1, "less than 1"),
-        ("arch", "resnet50", "'resnet18' or 'resnet34'"),
+        ("arch", "resnet43", "a classifier of torchvision, resnet34 for instance, or timm:NAME; did you mean resnet34?"),
         ("seed", 2**32, "less than 4294967296"),
         ("seed", -1, "greater than or equal to 0"),
         ("mean", [0.5, 0.5, 0.5, 0.5], "at most 3 items"),
@@ -126,6 +126,8 @@ def test_a_wrong_nested_value_is_named_with_its_path() -> None:
     [
         (TrainConfig, {"augment": {"flip": True}}, "augment: flip is already part of dihedral"),
         (TrainConfig, {"workers": [3, 2]}, "min <= max"),
+        (TrainConfig, {"arch": "vit_b_16", "input_size_px": 100}, "input_size_px 100 does not fit arch vit_b_16: it takes multiples of 16 px"),
+        (TrainConfig, {"arch": "inception_v3", "input_size_px": 64}, "input_size_px 64 is too small for arch inception_v3: it takes 75 px or more"),
         (TrainConfig, {"std": [0.2, 0, 0.2]}, "std: every value must be above 0"),
         (TrainConfig, {"use_gpu": False, "precision": "fp16"}, "fp16 needs GPUs"),
         (TrainConfig, {"use_gpu": False, "sync_batch_norm": True}, "sync_batch_norm needs GPUs"),

@@ -13,6 +13,7 @@ from torch import nn
 from torchvision import models
 
 from sentinode import model as model_module
+from sentinode.encoder_names import TORCHVISION_NAMES
 from sentinode.errors import ConfigError, UsageError
 from sentinode.model import build_model, count_parameters, set_unfreeze_depth, state_for_storage, train_mode
 from tests.factories import make_bundle
@@ -112,8 +113,8 @@ def test_the_network_gives_one_logit_per_class(num_classes: int) -> None:
 
 
 def test_an_unknown_architecture_is_refused() -> None:
-    with pytest.raises(ConfigError, match="arch: got 'vgg16', expected one of resnet18, resnet34"):
-        build_model("vgg16")
+    with pytest.raises(ConfigError, match=r"^arch: got 'resnet43', expected a classifier of torchvision.*or timm:NAME; did you mean resnet34\?$"):
+        build_model("resnet43")
 
 
 def test_weights_come_from_safetensors_and_from_a_state_dict(tmp_path: Path, trained: dict[str, torch.Tensor]) -> None:
@@ -242,13 +243,10 @@ def torch_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def pretend_imagenet_file(monkeypatch: pytest.MonkeyPatch, digest: str) -> str:
-    """Make torchvision's enum point to a file whose name carries this digest, as its real files' names do."""
-
-    class Weights:
-        url = f"https://download.invalid/models/resnet18-{digest[:8]}.pth"
-
-    monkeypatch.setitem(model_module._ARCHITECTURES, "resnet18", (models.resnet18, Weights))
-    return Weights.url.rsplit("/", 1)[-1]
+    """Make torchvision's weights a file whose name carries this digest, as its real files' names do."""
+    url = f"https://download.invalid/models/resnet18-{digest[:8]}.pth"
+    monkeypatch.setattr(model_module, "_imagenet_url", lambda arch: url)
+    return url.rsplit("/", 1)[-1]
 
 
 def test_imagenet_weights_come_from_torchs_cache(torch_home: Path, monkeypatch: pytest.MonkeyPatch, trained: dict[str, torch.Tensor]) -> None:
@@ -276,9 +274,9 @@ def test_a_cached_file_that_is_not_the_published_one_is_refused_unread(torch_hom
     assert not (torch_home / "ran").exists()
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet34"])
+@pytest.mark.parametrize("arch", TORCHVISION_NAMES)
 def test_torchvisions_names_carry_the_digest_that_is_checked(arch: str) -> None:
-    digest = model_module._ARCHITECTURES[arch][1].url.rsplit("-", 1)[-1].removesuffix(".pth")
+    digest = model_module._imagenet_url(arch).rsplit("-", 1)[-1].removesuffix(".pth")
     assert len(digest) >= 8
     assert set(digest) <= set("0123456789abcdef")
 
