@@ -184,7 +184,7 @@ def write_bundle(
             "threshold": threshold,
             "threshold_rule": threshold_rule.model_dump(mode="json"),
             "review": config.review.model_dump(mode="json"),
-            "tta": 1,
+            "tta": config.tta,
             "training_config": config.model_dump(mode="json"),
             "data": DataReference(
                 fingerprint=dataset.fingerprint,

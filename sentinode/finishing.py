@@ -83,6 +83,7 @@ def finish_bundle(
         input_size_px=config.input_size_px,
         mean=config.mean,
         std=config.std,
+        tta=config.tta,
         batch_size=config.eval_batch_size,
         device=device,
     )

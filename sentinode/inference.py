@@ -12,7 +12,15 @@ from sentinode.preprocess import network_input
 
 @torch.inference_mode()
 def network_logits(
-    model: nn.Module, patches: UInt8Array, *, input_size_px: int, mean: Rgb, std: Rgb, batch_size: int = 256, device: str | torch.device = "cpu"
+    model: nn.Module,
+    patches: UInt8Array,
+    *,
+    input_size_px: int,
+    mean: Rgb,
+    std: Rgb,
+    tta: int = 1,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
 ) -> npt.NDArray[np.float32]:
     """Return z1 - z0 of a network in eval mode.
 
@@ -23,6 +31,8 @@ def network_logits(
     patches : ndarray of uint8, shape (n, height, width, 3), RGB
     input_size_px, mean, std
         Of the bundle or training configuration.
+    tta : int
+        Views of each patch whose z1 - z0 are averaged: 1 (as it is), 4 (quarter turns) or 8 (these and their mirror images).
     batch_size : int
         Patches per forward pass.
 
@@ -36,6 +46,17 @@ def network_logits(
         batch = torch.tensor(patches[start : start + batch_size], device=device)
         # Without TF32, which cuDNN uses by default: a GPU's probabilities must equal a CPU's.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            z = model(network_input(batch, input_size_px, mean, std))
-        parts.append((z[:, 1] - z[:, 0]).float().cpu().numpy())
+            inputs = network_input(batch, input_size_px, mean, std)
+            logits = torch.stack([_difference(model(_view(inputs, number))) for number in range(tta)]).mean(0)
+        parts.append(logits.cpu().numpy())
     return np.concatenate(parts)
+
+
+def _view(inputs: torch.Tensor, number: int) -> torch.Tensor:
+    """Return one of the eight symmetries of the square; 0 is the input itself. The label is about the centre, which stays."""
+    turned = torch.rot90(inputs, number % 4, (2, 3)) if number % 4 else inputs
+    return turned.flip(3) if number >= 4 else turned
+
+
+def _difference(z: torch.Tensor) -> torch.Tensor:
+    return (z[:, 1] - z[:, 0]).float()

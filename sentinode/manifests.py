@@ -210,7 +210,7 @@ class BundleManifest(Manifest):
     """Metastatic when probability >= threshold."""
     threshold_rule: ThresholdRule
     review: ReviewRule
-    tta: Literal[1]
+    tta: Literal[1, 4, 8]
     """Views averaged per patch; threshold and calibration belong to this setting."""
     training_config: dict[str, Any]
     data: DataReference

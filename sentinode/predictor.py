@@ -78,6 +78,7 @@ class Predictor:
             input_size_px=manifest.input_size_px,
             mean=manifest.mean,
             std=manifest.std,
+            tta=manifest.tta,
             batch_size=batch_size,
             device=self.device,
         )

@@ -149,6 +149,9 @@ class TrainConfig(Config):
     """Validate on this fold of the data set and train on the others; null uses the train and val splits."""
     calibration_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the validation groups kept out of epoch selection and used alone for calibration and threshold; 0 uses all rows for both."""
+    tta: Literal[1, 4, 8] = 1
+    """Views of a patch that the bundle averages (quarter turns, and their mirror images): fewer errors for that many times the work. Calibration and
+    threshold are fitted to it."""
     target_recall: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Recall whose lower 95 % bound on validation the threshold must reach."""
     review: ReviewRule = ReviewRule()

@@ -242,7 +242,7 @@ def test_a_newer_format_is_refused(folder: Path) -> None:
             "class_names Metastatic, Normal; this program knows Normal, Metastatic",
         ),
         (lambda content: content.update(members=["a"]), "members: this program does not run ensembles"),
-        (lambda content: content.update(tta=8), "tta: "),
+        (lambda content: content.update(tta=2), "tta: "),
         (lambda content: content.update(channel_order="BGR"), "channel_order: "),
         (lambda content: content.update(temperature=0), "temperature: "),
         (lambda content: content.update(threshold=1.5), "threshold: "),

@@ -51,11 +51,11 @@ def formula_patches() -> UInt8Array:
     return np.round(128 + 100 * np.sin(0.11 * x * (1 + n) + 0.07 * y + 0.9 * c + n)).astype(np.uint8)
 
 
-def make_golden(out: Path, weights: dict[str, torch.Tensor]) -> Bundle:
+def make_golden(out: Path, weights: dict[str, torch.Tensor], tta: int = 1) -> Bundle:
     return write_bundle(
         out,
         weights,
-        config=TrainConfig(arch="resnet18", weights="none", unfreeze_depth=5, input_size_px=64),
+        config=TrainConfig(arch="resnet18", weights="none", unfreeze_depth=5, input_size_px=64, tta=tta),
         dataset=dataset_manifest(),
         temperature=1.25,
         bias=0.5,
@@ -100,6 +100,29 @@ def test_the_logit_is_what_plain_torchvision_computes(golden: Predictor) -> None
     with torch.inference_mode():
         z = model(torch.stack([transform(patch) for patch in patches]))
     np.testing.assert_allclose(golden.logits(patches), (z[:, 1] - z[:, 0]).numpy(), atol=1e-4)
+
+
+def _turned(patches: UInt8Array) -> list[UInt8Array]:
+    """The eight symmetries of each patch, the quarter turns first."""
+    turns = [np.rot90(patches, quarter, (1, 2)) for quarter in range(4)]
+    return turns + [turn[:, :, ::-1] for turn in turns]
+
+
+@pytest.mark.parametrize("views", [4, 8])
+def test_with_several_views_the_logit_is_their_mean(golden: Predictor, tmp_path: Path, views: int) -> None:
+    bundle = make_golden(tmp_path / "bundle", formula_weights(), tta=views)
+    patches = formula_patches()
+    each = np.stack([golden.logits(np.ascontiguousarray(view)) for view in _turned(patches)[:views]])
+    assert each.std(axis=0).min() > 1e-3, "the views look alike, so nothing was compared"
+    np.testing.assert_allclose(Predictor(bundle).logits(patches), each.mean(axis=0), atol=1e-4)
+    assert bundle.manifest.digest != golden.manifest.digest
+
+
+def test_eight_views_of_a_turned_patch_are_those_of_the_patch(tmp_path: Path) -> None:
+    predictor = Predictor(make_golden(tmp_path / "bundle", formula_weights(), tta=8))
+    expected = predictor.logits(formula_patches())
+    for turned in _turned(formula_patches()):
+        np.testing.assert_allclose(predictor.logits(np.ascontiguousarray(turned)), expected, atol=1e-4)
 
 
 def test_a_probability_does_not_depend_on_the_rest_of_its_batch(predictor: Predictor) -> None:
