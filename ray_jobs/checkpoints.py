@@ -78,8 +78,10 @@ class Saved:
     @property
     def where(self) -> str:
         """Where the run stood, for people."""
-        within = f" and a part of epoch {self.progress.epochs_done + 1}" if self.progress.partial else ""
-        return "before the first epoch" if not (self.progress.epochs_done or within) else f"after {self.progress.epochs_done} epochs{within}"
+        done = self.progress.epochs_done
+        if self.progress.partial:
+            return f"within epoch {done + 1}"
+        return f"after epoch {done}" if done else "before the first epoch"
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Read the weights, on the CPU."""

@@ -1,17 +1,22 @@
-"""What every worker of a run starts from, put into Ray's shared memory once per node: rows, and the initial weights."""
+"""What every worker of a run is given; rows lie in Ray's shared memory, once per node.
+
+Torch is imported where it is used: Ray Train's controller and the task that reads the rows handle these objects too, and need none.
+"""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
-import torch
 
 from ray_jobs.failures import task_error
 from sentinode.config import TrainConfig
 from sentinode.dataset import Patches, PreparedDataset
-from sentinode.finishing import split_calibration
-from sentinode.ingest import ResidentRows, RowSource, StreamedRows, pixel_bytes, resolve_ingest
-from sentinode.model import initial_state
+
+if TYPE_CHECKING:
+    import torch
+
+    from sentinode.ingest import RowSource
 
 Ingest = Literal["resident", "stream"]
 
@@ -39,8 +44,10 @@ class LoadedRows:
         """How the rows to train on are read."""
         return "stream" if self.train is None else "resident"
 
-    def source(self, config: TrainConfig, device: torch.device) -> RowSource:
+    def source(self, config: TrainConfig, device: "torch.device") -> "RowSource":
         """Return a worker's source of rows to train on."""
+        from sentinode.ingest import ResidentRows, StreamedRows
+
         if self.train is None:
             return StreamedRows(self.dataset, config.fold, device, config.stream_window_rows)
         return ResidentRows(ray.get(self.train), device)
@@ -59,6 +66,8 @@ def load_rows(dataset: PreparedDataset, config: TrainConfig, ingest: Ingest | No
     SentinodeError
         The data set cannot be read, or lacks the split or fold.
     """
+    from sentinode.ingest import pixel_bytes, resolve_ingest
+
     if ingest is None:
         ingest = resolve_ingest(config.ingest, pixel_bytes(dataset), _shared_memory_bytes())
     one_set = config.calibration_fraction == 0
@@ -80,7 +89,11 @@ def _load_rows(dataset: PreparedDataset, fold: int | None, calibration_fraction:
     else:
         rows, val = dataset.read_train_and_val(fold)
         train = [rows]
-    result: list[Patches] = [*train, *([val] if calibration_fraction == 0 else split_calibration(val, calibration_fraction, seed))]
+    result: list[Patches] = [*train, val]
+    if calibration_fraction > 0:
+        from sentinode.finishing import split_calibration
+
+        result = [*train, *split_calibration(val, calibration_fraction, seed)]
     return result if len(result) > 1 else result[0]
 
 
@@ -89,14 +102,27 @@ def _shared_memory_bytes() -> int:
     return int(min(node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]))
 
 
-def initial_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
-    """Return the weights that a run starts from, a function of the seed: made here, so that a path or a download does not depend on the workers.
+@dataclass(frozen=True)
+class Loop:
+    """What the training loop of a worker is given.
 
-    Raises
-    ------
-    UsageError
-        The weights cannot be had or do not fit the architecture.
+    Attributes
+    ----------
+    config : TrainConfig
+    folder : Path
+        The run's, the same for every worker.
+    rows : LoadedRows
+    initial : ObjectRef of dict of str to tensor
+        Weights to start from.
+    log : ActorHandle or None
+        A ProgressLog.
+    checkpoint_interval_s : float or None
+        None for no checkpoints within an epoch.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return initial_state(config.arch, config.weights, input_size_px=config.input_size_px)
+
+    config: TrainConfig
+    folder: Path
+    rows: LoadedRows
+    initial: Any
+    log: Any = None
+    checkpoint_interval_s: float | None = None

@@ -22,16 +22,17 @@ from ray_jobs.cluster import Need, check_capacity, connected, signal_handlers_ke
 from ray_jobs.failures import task_error, training_error
 from ray_jobs.progress import following
 from ray_jobs.run_folder import RunRequest, open_finished_bundle
-from ray_jobs.run_inputs import LoadedRows, initial_weights, load_rows
+from ray_jobs.run_inputs import LoadedRows, Loop, load_rows
 from ray_jobs.stopping import StopOnSignal
 from ray_jobs.tracking import RunFacts, Tracking, check_trackers, tracking
-from ray_jobs.train_loop import Loop, train_loop_per_worker
+from ray_jobs.train_loop import train_loop_per_worker
 from ray_jobs.verb import add_common_arguments, config_from, main_of, say
 from sentinode.bundle import Bundle
 from sentinode.config import TrainConfig
 from sentinode.dataset import Patches, PreparedDataset
 from sentinode.errors import SentinodeError, StoppedError, TrainingError, UsageError
 from sentinode.finishing import finish_bundle
+from sentinode.model import initial_state
 from sentinode.storage import exclusive, local_path
 from sentinode.training import Progress
 from sentinode.versions import git_commit, library_versions
@@ -114,6 +115,19 @@ def train(config: TrainConfig, data: str | Path, out: str | Path, *, verbose: bo
                 bundle = finish(weights, rows, config, dataset, folder / "bundle", name=folder.name, use_gpu=use_gpu)
                 trackers.end("finished", _result(bundle))
     return TrainResult(bundle, progress.history, already_complete=False)
+
+
+def initial_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
+    """Return the weights that a run starts from, a function of the seed: made here, so that a path or a download does not depend on the workers.
+
+    Raises
+    ------
+    UsageError
+        The weights cannot be had or do not fit the architecture.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return initial_state(config.arch, config.weights, input_size_px=config.input_size_px)
 
 
 def _facts(folder: Path, config: TrainConfig, dataset: PreparedDataset) -> RunFacts:

@@ -1,45 +1,16 @@
 """What each worker of a run does: join the group, go on from the last checkpoint, train, checkpoint."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ray_jobs.checkpoints import CheckpointError, CheckpointWriter, Saved, lacking_room, remove_newer, restore
-from ray_jobs.run_inputs import LoadedRows
+from ray_jobs.run_inputs import Loop
 from ray_jobs.stopping import Wishes
-from sentinode.config import TrainConfig
 from sentinode.errors import TrainingError, UsageError
 from sentinode.learner import Learner
 from sentinode.model import build_model
 from sentinode.training import Group, Hooks, Interrupted, Progress, train_epochs
-
-
-@dataclass(frozen=True)
-class Loop:
-    """What a worker is given.
-
-    Attributes
-    ----------
-    config : TrainConfig
-    folder : Path
-        The run's, the same for every worker.
-    rows : LoadedRows
-    initial : ObjectRef of dict of str to tensor
-        Weights to start from.
-    log : ActorHandle or None
-        A ProgressLog.
-    checkpoint_interval_s : float or None
-        None for no checkpoints within an epoch.
-    """
-
-    config: TrainConfig
-    folder: Path
-    rows: LoadedRows
-    initial: Any
-    log: Any = None
-    checkpoint_interval_s: float | None = None
 
 
 def train_loop_per_worker(given: dict[str, Loop]) -> dict[str, str] | None:

@@ -22,9 +22,9 @@ import yaml
 
 from ray_jobs.cluster import Need, capacity, check_capacity, connected, signal_handlers_kept, wants_gpus
 from ray_jobs.run_folder import REQUEST_FILE, RunRequest, open_finished_bundle
-from ray_jobs.run_inputs import LoadedRows, initial_weights, load_rows
+from ray_jobs.run_inputs import LoadedRows, load_rows
 from ray_jobs.sweep_report import TrialSummary, describe_point, rank, render, trials_table
-from ray_jobs.train import best_checkpoint, finish, make_trainer
+from ray_jobs.train import best_checkpoint, finish, initial_weights, make_trainer
 from ray_jobs.verb import add_common_arguments, config_from, main_of, say
 from sentinode.bundle import Bundle
 from sentinode.config import AshaConfig, Choice, Domain, Grid, LogUniform, RandInt, SweepConfig, TrainConfig, Uniform

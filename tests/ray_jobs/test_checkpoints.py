@@ -67,7 +67,7 @@ def test_the_best_and_the_newest_are_found_by_what_lies_there(tmp_path: Path) ->
     assert last is not None
     assert (found.path, last.path) == (best, newest)
     assert last.progress == _progress(0.9, 0.5, 0.7, partial=True)
-    assert last.where == "after 3 epochs and a part of epoch 4"
+    assert last.where == "within epoch 4"
 
 
 def test_equal_values_do_not_confuse_which_epoch_was_the_best(tmp_path: Path) -> None:
