@@ -14,6 +14,7 @@ import ray.data
 import torch
 
 from ray_jobs.cluster import Need, check_capacity, wants_gpus
+from sentinode.allocator import keep_freed_memory
 from sentinode.config import EvaluateConfig, PredictConfig
 from sentinode.errors import SentinodeError, UsageError, one_line, root_of
 from sentinode.predictor import Predictor
@@ -29,6 +30,7 @@ class BundleActor:
 
     def __init__(self, bundle: str, engine: str, device: str, threads: int, work: Work) -> None:
         torch.set_num_threads(threads)
+        keep_freed_memory()
         self._predictor = Predictor.load(bundle, engine=engine, device=device)
         self._work = work
 

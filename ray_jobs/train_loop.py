@@ -7,6 +7,7 @@ import torch
 from ray_jobs.checkpoints import CheckpointError, CheckpointWriter, Saved, lacking_room, remove_newer, restore
 from ray_jobs.run_inputs import Loop
 from ray_jobs.stopping import Wishes
+from sentinode.allocator import keep_freed_memory
 from sentinode.errors import TrainingError, UsageError
 from sentinode.learner import Learner
 from sentinode.model import build_model
@@ -30,6 +31,7 @@ def train_loop_per_worker(given: dict[str, Loop]) -> dict[str, str] | None:
     context = ray.train.get_context()
     group = Group(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     torch.set_num_threads(config.cpus_per_worker)
+    keep_freed_memory()
     if group.device.type == "cpu":
         torch.use_deterministic_algorithms(True)
     # Dropout: every worker draws of its own.
