@@ -147,8 +147,12 @@ def _as_prepared(config: PrepareConfig, source: Source) -> PrepareConfig:
 
 
 def _check_splits(config: PrepareConfig, source: Source) -> Source:
-    """Refuse a split method that the source lacks the columns for, and inputs that lack the value."""
-    if not source.is_labelled or config.split not in ("slide", "predefined"):
+    """Refuse a split method that would not be heeded or that the source lacks the columns for, and inputs that lack the value."""
+    one = "patches without labels all go into one split" if not source.is_labelled else "split all deals nothing" if config.split == "all" else ""
+    for key, says in (("split", config.split != "all"), ("folds", config.folds is not None)):
+        if one and says and key in config.model_fields_set:
+            raise UsageError(f"{key} {getattr(config, key)}: {one}; leave {key} out")
+    if one or config.split not in ("slide", "predefined"):
         return source
     name = {"slide": "slide", "predefined": "split"}[config.split]
     known = source.entries[name].is_valid()
@@ -176,6 +180,8 @@ def is_complete(request: PrepareRequest) -> bool:
     if folder.is_local:
         if _is_local_nothing(folder.local, request.source.where):
             return False
+    elif not _bucket_may_exist(folder):
+        raise UsageError(f"{folder}: there is no such bucket; make it first")
     elif not (folder / "dataset.json").exists():
         return False  # parts without a manifest hurt nobody: a run puts its own below a prefix that no other uses
     if request.overwrite:
@@ -196,6 +202,15 @@ def is_complete(request: PrepareRequest) -> bool:
         if sizes.get(record.path) != record.bytes:
             raise UsageError(f"{folder}: {record.path} is missing or damaged; repeat with --overwrite")
     return True
+
+
+def _bucket_may_exist(folder: Location) -> bool:
+    """Tell whether the bucket is there, before hours of work for it; True where this user may not ask."""
+    scheme, _, rest = folder.uri.partition("://")
+    try:
+        return Location(f"{scheme}://{rest.partition('/')[0]}").exists()
+    except PermissionError:
+        return True
 
 
 def _is_local_nothing(folder: Path, source: str) -> bool:

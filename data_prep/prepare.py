@@ -171,6 +171,8 @@ def _work(request: PrepareRequest, root: str, progress: Progress) -> None:
     """Fill the request's data folder, dataset.json last."""
     config, work, data = request.config, request.work, request.data
     (data / "dataset.json").unlink(missing_ok=True)
+    # What is known without opening an image, before the hours that images take.
+    _refuse_bad_source(request.source.rejects, len(request.source.entries), request)
     source = unpack(request.source, work / "unpacked", partial(progress, unit="bytes"))
     method: SplitMethod = config.split if source.is_labelled else "all"
     kind = grouping_kind(method, slides_known=source.entries["slide"].null_count == 0)
@@ -256,7 +258,7 @@ def _decode_task(block: int, reader: dict[str, Any], work: str, size_px: int, wi
     decode_block(block, entries, reader_of(reader), Path(work), size_px, with_anchors=with_anchors)
 
 
-def _refuse_bad_source(rejects: list[Reject], accepted: int, request: PrepareRequest) -> None:
+def _refuse_bad_source(rejects: Sequence[Reject], accepted: int, request: PrepareRequest) -> None:
     """Stop where too much was refused. A dropped duplicate is no loss: its pixels are in the data set."""
     inputs, allowed = request.source.inputs, request.config.max_rejected_fraction
     lost = sum(reject.reason != RejectReason.DUPLICATE_PIXELS for reject in rejects)
@@ -269,10 +271,13 @@ def _refuse_bad_source(rejects: list[Reject], accepted: int, request: PrepareReq
     if not any(reject.reason in MAY_PASS for reject in rejects):
         # Other inputs or another config are needed to get further, and either starts afresh.
         shutil.rmtree(request.staging, ignore_errors=True)
-    counts = ", ".join(f"{count} {reason}" for reason, count in count_reasons(rejects).items())
+    counts = count_reasons(rejects)
+    listing = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    usual = max(counts, key=lambda reason: counts[reason])
+    example = next(reject.detail for reject in rejects if reject.reason == usual)
     raise RejectedInputsError(
-        f"{len(rejects)} of {inputs} inputs were refused ({counts}), more than max_rejected_fraction {allowed} allows; "
-        f"each with its reason in {listed}"
+        f"{len(rejects)} of {inputs} inputs were refused ({listing}), more than max_rejected_fraction {allowed} allows; "
+        f"the first {usual}: {example}; each with its reason in {listed}"
     )
 
 

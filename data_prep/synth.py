@@ -120,8 +120,12 @@ def _is_finished(folder: Path, request: dict[str, int]) -> bool:
     except (OSError, ValueError):
         raise UsageError(f"{folder}: exists and is not a folder of synthetic patches; choose another --out") from None
     if found != request:
-        raise UsageError(f"{folder}: holds synthetic patches of another request ({found}, not {request}); choose another --out")
+        raise UsageError(f"{folder}: holds synthetic patches of another request ({_told(found)}; not {_told(request)}); choose another --out")
     return True
+
+
+def _told(request: Any) -> str:
+    return ", ".join(f"{key} {value}" for key, value in request.items()) if isinstance(request, dict) else str(request)
 
 
 def plan(count: int, seed: int) -> list[Unit]:

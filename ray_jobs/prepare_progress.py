@@ -139,10 +139,10 @@ def _facts(manifest: DatasetManifest) -> list[str]:
     split = manifest.split
     refused = sum(manifest.rejected.values())
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(manifest.rejected.items(), key=lambda item: (-item[1], item[0])))
-    pairs = "not searched for" if split.overlap_pairs is None else f"{split.overlap_pairs:,} pairs of patches share pixels"
+    pairs = "1 pair of patches shares pixels" if split.overlap_pairs == 1 else f"{split.overlap_pairs or 0:,} pairs of patches share pixels"
     facts = [
         ("refused", f"{refused:,} ({reasons})" if refused else "0"),
-        ("overlap", pairs),
+        ("overlap", "not searched for" if split.overlap_pairs is None else pairs),
         ("groups", f"{split.groups:,}, {split.multi_patch_groups:,} of several patches, the largest of {split.largest_group_rows:,}"),
         ("leak level", f"{manifest.leak_level}. {LEAK_MEANING[manifest.leak_level]}"),
         *(("note", note) for note in split.notes),

@@ -8,12 +8,13 @@ from data_prep.sources.class_folders import open_class_folders
 from data_prep.sources.dataset import ShardReader
 from data_prep.sources.files import FilesReader
 from data_prep.sources.hdf5 import Hdf5Reader
-from data_prep.sources.kaggle import LABELS_NAME, open_kaggle
+from data_prep.sources.kaggle import IMAGES_NAME, LABELS_NAME, open_kaggle
 from data_prep.sources.pcam import STEM, is_pcam, open_pcam
 from data_prep.sources.table import TABLE_SUFFIXES, open_table
 from data_prep.sources.unlabelled import open_unlabelled
 from sentinode.config import PrepareConfig
 from sentinode.errors import UsageError
+from sentinode.images import IMAGE_SUFFIXES
 from sentinode.locations import Location, locate
 
 # Which columns of ours `columns` can map in each layout; the slides file has id and wsi.
@@ -80,8 +81,6 @@ def _layout(config: PrepareConfig, where: Location, *, has_labels: bool) -> str:
         raise UsageError(f"source {where}: is a folder; the layout table needs the table itself, a file ending in {', '.join(TABLE_SUFFIXES)}")
     if config.source != "auto":
         return config.source
-    if has_labels:
-        return "kaggle"
     classes = [name for name in config.class_folders if is_folder.get(name.partition("/")[0])]
     found = {
         f"kaggle ({LABELS_NAME})": LABELS_NAME in is_folder,
@@ -89,6 +88,11 @@ def _layout(config: PrepareConfig, where: Location, *, has_labels: bool) -> str:
         f"pcam ({STEM}*_x.h5)": is_pcam(is_folder),
     }
     layouts = [name for name, is_there in found.items() if is_there]
+    if has_labels:
+        # It decides, unless there is nothing that it could be about.
+        if layouts and not any(name == IMAGES_NAME or name.lower().endswith(IMAGE_SUFFIXES) for name in is_folder):
+            raise UsageError(f"--labels: source {where} has the layout {layouts[0]}, which says the labels itself; leave --labels out")
+        return "kaggle"
     if len(layouts) > 1:
         raise UsageError(f"source {where}: has several layouts, {' and '.join(layouts)}; choose with --set source=NAME")
     if not layouts:

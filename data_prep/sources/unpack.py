@@ -56,6 +56,8 @@ def unpack(source: Source, work: Path, progress: Callable[[str, int, int], None]
         )
     total = sum((folder / name).size() for name in waiting)
     done = 0
+    if waiting:
+        progress("unpack", 0, total)
     for name, rows in waiting.items():
         packed_at = folder / name
         _unpack_one(packed_at, rows, work / name.removesuffix(".gz"), partial(_report, progress, done, total))

@@ -24,8 +24,10 @@ def describe_validation_error(error: ValidationError, model: type[BaseModel]) ->
     if first["type"] == "extra_forbidden":
         return f"unknown key {key}{_hint(model, first['loc'])}{more}"
     if first["type"] == "missing":
+        if isinstance(location[-1], int):
+            return f"{'.'.join(map(str, location[:-1]))}: value {location[-1] + 1} of the list is missing{more}"
         return f"{key}: missing{more}"
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ") if first["type"] != "tuple_type" else "Input should be a list in brackets"
     if not key:
         return f"{message}{more}"
     if first["type"] == "value_error":

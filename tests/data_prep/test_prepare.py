@@ -207,6 +207,19 @@ def test_too_many_refused_inputs_fail_the_run_and_leave_the_list(copy: Path, tmp
     assert not rejected_at(locate(out)).exists()
 
 
+def test_what_is_known_to_be_refused_fails_the_run_before_an_image_is_read(copy: Path, tmp_path: Path) -> None:
+    lines = (copy / "train_labels.csv").read_text().splitlines()
+    (copy / "train_labels.csv").write_text("\n".join([*lines[:-5], *(line[:-1] + "tumour" for line in lines[-5:])]))
+    recorder = Recorder()
+    message = (
+        r"5 of 200 inputs were refused \(5 bad_label\), more than .*; the first bad_label: line 197 has label 'tumour'; expected 0 or 1; each with"
+    )
+    with pytest.raises(RejectedInputsError, match=message):
+        prepare(CONFIG, copy, tmp_path / "out", progress=recorder)
+    assert recorder.totals == {}
+    assert pq.read_table(rejected_at(locate(tmp_path / "out")).local)["reason"].to_pylist() == ["bad_label"] * 5
+
+
 def test_a_source_without_any_good_patch_fails(copy: Path, tmp_path: Path) -> None:
     for path in (copy / "train").iterdir():
         path.write_bytes(b"II*\0")

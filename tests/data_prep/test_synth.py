@@ -81,7 +81,7 @@ def test_a_finished_folder_is_returned_and_anything_else_is_refused(folder: Path
     before = (folder / "synth.json").stat().st_mtime_ns
     assert synthesize(folder, COUNT, seed=3) == folder
     assert (folder / "synth.json").stat().st_mtime_ns == before
-    with pytest.raises(UsageError, match="another request"):
+    with pytest.raises(UsageError, match=rf"another request \(version \d+, count {COUNT}, seed 3; not version \d+, count {COUNT + 1}, seed 3\)"):
         synthesize(folder, COUNT + 1, seed=3)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("keep")

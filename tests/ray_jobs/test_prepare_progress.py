@@ -119,8 +119,9 @@ def test_the_table_names_refusals_overlaps_leak_level_and_notes() -> None:
 
 
 def test_overlaps_that_were_not_searched_for_are_not_called_none() -> None:
-    split = dataset_manifest().split.model_copy(update={"overlap_pairs": None})
-    assert "overlap:    not searched for" in kaggle(split=split)
+    for pairs, text in ((None, "not searched for"), (0, "0 pairs of patches share pixels"), (1, "1 pair of patches shares pixels")):
+        split = dataset_manifest().split.model_copy(update={"overlap_pairs": pairs})
+        assert f"overlap:    {text}\n" in kaggle(split=split)
 
 
 def test_a_set_without_labels_has_no_columns_of_classes() -> None:

@@ -305,6 +305,19 @@ def test_errors_of_models_that_are_not_ours_are_described_too() -> None:
     assert describe(table={"a": {"size": "x"}}).startswith("table.a.size: got 'x', input should be a valid integer")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["ratios=[0.5,0.5]"], "ratios: value 3 of the list is missing"),
+        (["class_folders=benign,tumour"], "class_folders: got 'benign,tumour', input should be a list in brackets"),
+    ],
+)
+def test_a_list_that_is_too_short_or_none_is_told_without_the_words_of_python(settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(PrepareConfig, settings=settings)
+    assert str(caught.value) == message
+
+
 def test_depth_follows_the_unfreeze_schedule() -> None:
     config = TrainConfig(unfreeze_depth=1, unfreeze_schedule={2: 3, 5: 5})
     assert [config.depth_at(epoch) for epoch in (0, 1, 2, 4, 5, 9)] == [1, 1, 3, 3, 5, 5]

@@ -84,6 +84,8 @@ def test_a_file_for_a_folder_and_the_other_way_round_is_named(tmp_path: Path, na
     ("write", "options", "message"),
     [
         (class_folders, {"labels": Path("l.csv"), "source": "class_folders"}, "--labels: the layout class_folders has no labels file"),
+        (class_folders, {"labels": Path("l.csv")}, "--labels: .* has the layout class_folders .*, which says the labels itself; leave --labels out"),
+        (pcam, {"labels": Path("l.csv")}, "--labels: .* has the layout pcam .*, which says the labels itself; leave --labels out"),
         (pcam, {"slides": Path("s.csv")}, "--slides: the layout pcam takes the slides from its _meta.csv"),
         (class_folders, {"columns": {"path": "p"}}, "columns.path: the layout class_folders reads no such column"),
         (kaggle, {"columns": {"split": "p"}}, "columns.split: the layout kaggle reads no such column"),

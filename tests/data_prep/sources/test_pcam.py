@@ -102,7 +102,7 @@ def test_compressed_files_are_unpacked_once_and_then_read(source: Path, tmp_path
     seen: list[tuple[str, int, int]] = []
     work = tmp_path / "work"
     ready = unpack(read, work, lambda *state: seen.append(state))
-    assert seen[-1][:1] == ("unpack",)
+    assert seen[0] == ("unpack", 0, (source / f"{STEM}train_x.h5.gz").stat().st_size)
     assert seen[-1][1] == seen[-1][2] == (source / f"{STEM}train_x.h5.gz").stat().st_size
     found = pixels(ready)
     assert all(np.array_equal(found[f"train-{row:06d}"], expected[row]) for row in range(5))
