@@ -17,7 +17,7 @@ from sentinode.jpeg import compress
 from sentinode.preprocess import to_unit_nchw
 from sentinode.stain import jitter_stains
 
-_DRAWS = 16
+_DRAWS = 18
 # Pieces of a batch that stay in a CPU's cache and in memory that the process keeps: whole batches take twice the time, half of it for fresh pages.
 _CPU_ROWS = 16
 # The shift of a stain beside its scaling; 1 would drown haematoxylin in pale tissue, whose optical density is some 0.2.
@@ -28,7 +28,7 @@ _YIQ = (_LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
 
 
 def draw(seed: int, epoch: int, rows: int) -> torch.Tensor:
-    """Return the random numbers of one epoch: float32 (rows, 16), uniform in [0, 1), on the CPU."""
+    """Return the random numbers of one epoch: float32 (rows, 18), uniform in [0, 1), on the CPU."""
     generator = np.random.default_rng([seed, epoch])
     return torch.from_numpy(generator.random((rows, _DRAWS), dtype=np.float32))
 
@@ -40,7 +40,7 @@ def augment(batch: torch.Tensor, draws: torch.Tensor, config: AugmentConfig) -> 
     ----------
     batch : uint8 tensor, shape (n, side, side, 3), or float tensor, shape (n, 3, side, side), 0..1; RGB
         The same comes out of both; uint8 is faster.
-    draws : float tensor, shape (n, 16), uniform in [0, 1)
+    draws : float tensor, shape (n, 18), uniform in [0, 1)
         The rows of `draw` that belong to these patches, on the same device.
     config : AugmentConfig
 
@@ -70,8 +70,10 @@ def _augment(batch: torch.Tensor, draws: torch.Tensor, config: AugmentConfig) ->
     if is_stored:
         batch = to_unit_nchw(batch.permute(0, 2, 3, 1))
     batch = batch.contiguous()  # planes: twice as fast below and in the resizing that follows
-    if config.rotation_deg:
-        batch = rotate(batch, (draws[:, 2] * 2 - 1) * math.radians(config.rotation_deg))
+    if config.rotation_deg or config.scale_jitter or config.shift_px:
+        angles = math.radians(config.rotation_deg) * (draws[:, 2] * 2 - 1)
+        scales = 1 + config.scale_jitter * (draws[:, 15] * 2 - 1)
+        batch = warp(batch, angles, scales, config.shift_px * (draws[:, 16:18] * 2 - 1))
     if config.stain_jitter:
         stains = config.stain_jitter * (draws[:, 7:13] * 2 - 1)
         batch = jitter_stains(batch, 1 + stains[:, :3], _SHIFT_PER_SCALE * stains[:, 3:])
@@ -107,10 +109,18 @@ def _places(side_px: int, device: torch.device) -> torch.Tensor:
     return torch.stack([torch.rot90(one, turns).flatten() for one in (square, square.flip(1)) for turns in range(4)])
 
 
-def rotate(batch: torch.Tensor, angles_rad: torch.Tensor) -> torch.Tensor:
-    """Rotate each patch around its centre, bilinear, the corners filled by reflection."""
-    cos, sin, zero = angles_rad.cos(), angles_rad.sin(), torch.zeros_like(angles_rad)
-    matrices = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
+def warp(batch: torch.Tensor, angles_rad: torch.Tensor, scales: torch.Tensor, shifts_px: torch.Tensor) -> torch.Tensor:
+    """Rotate and magnify each patch around its centre, then move it; bilinear, what comes in from outside is a reflection.
+
+    `batch`: float (n, channels, side, side); `angles_rad`, `scales`: (n,); `shifts_px`: (n, 2), to the right and down.
+    """
+    cos, sin = angles_rad.cos() / scales, angles_rad.sin() / scales
+    # The grid asks where each pixel comes from, in halves of a side: the inverse of what happens to the patch.
+    x, y = (shifts_px * (-2 / batch.shape[-1])).unbind(1)
+    matrices = torch.stack(
+        [torch.stack([cos, -sin, cos * x - sin * y], 1), torch.stack([sin, cos, sin * x + cos * y], 1)],
+        1,
+    )
     grid = functional.affine_grid(matrices.to(batch.dtype), list(batch.shape), align_corners=False)
     return functional.grid_sample(batch, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 

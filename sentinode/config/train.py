@@ -19,7 +19,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AugmentConfig(Config):
-    """Training augmentation, batched on the device. The label depends on the centre 32x32 only, so nothing here may move the centre."""
+    """Training augmentation, batched on the device. The label depends on the centre 32x32 only; by default nothing moves it."""
 
     dihedral: bool = True
     """One of the eight rotations and mirrorings of the square, which are exact for the label."""
@@ -27,6 +27,11 @@ class AugmentConfig(Config):
     """Horizontal and vertical flip, each with probability one half (the seed's; part of `dihedral` already)."""
     rotation_deg: Annotated[float, Field(ge=0, le=45)] = 0.0
     """Rotation by up to this angle either way, corners mirrored; disturbs the centre square slightly."""
+    scale_jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Magnified or shrunk by a factor in 1 +- this around the centre, the border mirrored; changes what lies at the edge of the centre square."""
+    shift_px: Annotated[float, Field(ge=0, le=16)] = 0.0
+    """Moved by up to this many pixels up or down and left or right, the border mirrored. A label that hangs on the edge of the centre square may
+    become wrong: keep it small."""
     colour_jitter: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Brightness, contrast and saturation are each scaled by a factor in 1 +- this."""
     hue_jitter: Annotated[float, Field(ge=0, le=0.5)] = 0.02

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from sentinode.augment import augment, blur, dihedral, draw, jitter_colours, rotate
+from sentinode.augment import augment, blur, dihedral, draw, jitter_colours, warp
 from sentinode.config import AugmentConfig
 from sentinode.jpeg import compress
 from sentinode.preprocess import to_unit_nchw
@@ -30,6 +30,7 @@ SINGLE = {
     "dihedral": only(dihedral=True),
     "flip": only(flip=True),
     "rotation": only(rotation_deg=15),
+    "scale": only(scale_jitter=0.1),
     "colours": only(colour_jitter=0.3, hue_jitter=0.1),
     "stains": only(stain_jitter=0.3),
     "blur": only(blur_sigma_px=2),
@@ -84,7 +85,7 @@ def test_all_eight_symmetries_come_up_equally_often() -> None:
 
 def test_draws_depend_on_seed_epoch_and_row_only() -> None:
     draws = draw(7, 3, 100)
-    assert draws.shape == (100, 16)
+    assert draws.shape == (100, 18)
     assert draws.min() >= 0
     assert draws.max() < 1
     assert torch.equal(draws, draw(7, 3, 100))
@@ -141,7 +142,8 @@ def test_nothing_moves_the_centre(config: AugmentConfig) -> None:
     darkness = border - mark
     darkness = darkness / darkness[:, 44:52, 44:52].mean((1, 2), keepdim=True)
     total = darkness.sum((1, 2))
-    torch.testing.assert_close(total, torch.full((64,), 1024.0), rtol=0.02, atol=0)
+    # Magnified by up to a tenth, the square takes up to a fifth more or less room.
+    torch.testing.assert_close(total, torch.full((64,), 1024.0), rtol=0.22 if config.scale_jitter else 0.02, atol=0)
     place = torch.arange(96) - 47.5
     for axis in (1, 2):
         assert ((darkness.sum(3 - axis) * place).sum(1) / total).abs().max() < 0.1
@@ -243,7 +245,7 @@ def test_rotation_turns_around_the_centre_and_keeps_it(degrees: float) -> None:
     blob = np.exp(-(rows**2 + columns**2) / 200) + 0.5 * np.exp(-(rows**2 + (columns - 25) ** 2) / 30)
     image = torch.tensor(np.broadcast_to(blob, (1, 3, 96, 96)).copy(), dtype=torch.float32)
     angle = math.radians(degrees)
-    turned = rotate(image, torch.tensor([angle]))
+    turned = warp(image, torch.tensor([angle]), factors(1), torch.zeros(1, 2))
     assert abs(float(turned[0, 0, 47:49, 47:49].mean() - image[0, 0, 47:49, 47:49].mean())) < 0.01
     # The side blob, 25 px from the centre, moves along its circle, and the whole keeps its mass.
     side = turned[0, 0].clone()
@@ -256,12 +258,37 @@ def test_rotation_turns_around_the_centre_and_keeps_it(degrees: float) -> None:
 
 def test_no_rotation_changes_nothing_and_rotations_stay_within_their_bound() -> None:
     batch = patches(3)
-    torch.testing.assert_close(rotate(batch, torch.zeros(3)), batch, atol=1e-5, rtol=0)
+    torch.testing.assert_close(warp(batch, torch.zeros(3), factors(3), torch.zeros(3, 2)), batch, atol=1e-5, rtol=0)
     config = AugmentConfig(dihedral=False, rotation_deg=15, colour_jitter=0, hue_jitter=0)
-    extremes = torch.zeros(2, 16)
+    extremes = torch.zeros(2, 18)
     extremes[1, 2] = 1
     bound = torch.tensor([-math.radians(15), math.radians(15)])
-    torch.testing.assert_close(augment(batch[:2], extremes, config), rotate(batch[:2], bound))
+    torch.testing.assert_close(augment(batch[:2], extremes, config), warp(batch[:2], bound, factors(2), torch.zeros(2, 2)))
+
+
+def test_a_patch_is_magnified_around_its_centre() -> None:
+    rows, columns = np.mgrid[:96, :96] - 47.5
+    image = torch.tensor(np.hypot(rows, columns)[None, None] / 96, dtype=torch.float32).expand(1, 3, 96, 96)
+    for scale in (0.9, 1.2):
+        scaled = warp(image, torch.zeros(1), factors(1, scale), torch.zeros(1, 2))
+        torch.testing.assert_close(scaled[..., 10:86, 10:86], image[..., 10:86, 10:86] / scale, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("turned_deg", [0, 90])
+def test_a_patch_is_moved_by_whole_pixels_to_the_right_and_down(turned_deg: int) -> None:
+    batch = patches(1)
+    turned = torch.rot90(batch, -1 if turned_deg else 0, (2, 3))
+    moved = warp(batch, torch.tensor([-math.radians(turned_deg)]), factors(1), torch.tensor([[3.0, -2.0]]))
+    torch.testing.assert_close(moved[..., 10:80, 10:80], turned[..., 12:82, 7:77], atol=1e-4, rtol=0)
+
+
+def test_scales_and_shifts_stay_within_their_bounds() -> None:
+    batch = patches(2)
+    config = only(scale_jitter=0.1, shift_px=3)
+    extremes = torch.zeros(2, 18)
+    extremes[1] = 1
+    expected = warp(batch, torch.zeros(2), torch.tensor([0.9, 1.1]), torch.tensor([[-3.0, -3.0], [3.0, 3.0]]))
+    torch.testing.assert_close(augment(batch, extremes, config), expected)
 
 
 def test_contrast_comes_after_the_others() -> None:
@@ -300,7 +327,7 @@ def test_half_of_the_patches_are_blurred_and_compressed(name: str) -> None:
 
 def test_blurring_and_compressing_are_independent() -> None:
     draws = draw(0, 0, 10_000)
-    assert abs(np.corrcoef(draws.T.numpy()) - np.eye(16)).max() < 0.05
+    assert abs(np.corrcoef(draws.T.numpy()) - np.eye(18)).max() < 0.05
     batch = patches(200, 32)
     blurred, compressed = ((augment(batch, draws[:200], SINGLE[name]) != batch).any(3).any(2).any(1) for name in ("blur", "jpeg"))
     for one in (blurred, ~blurred):
@@ -311,7 +338,7 @@ def test_blurring_and_compressing_are_independent() -> None:
 def test_no_two_augmentations_share_a_number() -> None:
     batch, draws = patches(8, 32), draw(0, 0, 8)
     users = []
-    for column in range(16):
+    for column in range(18):
         other = draws.clone()
         other[:, column] = 1 - other[:, column]
         users.append({name for name, config in SINGLE.items() if not torch.equal(augment(batch, other, config), augment(batch, draws, config))})
@@ -321,9 +348,9 @@ def test_no_two_augmentations_share_a_number() -> None:
 
 def test_the_largest_blur_and_the_lowest_quality_are_the_configured_ones() -> None:
     batch = patches(2)
-    draws = torch.full((2, 16), 1 - 2**-24)
+    draws = torch.full((2, 18), 1 - 2**-24)
     torch.testing.assert_close(augment(batch, draws, SINGLE["blur"]), blur(batch, torch.full((2,), 2.0), radius_px=6), atol=1e-5, rtol=0)
     torch.testing.assert_close(augment(batch, draws, SINGLE["jpeg"]), compress(batch, torch.full((2,), 100.0)), atol=1e-3, rtol=0)
-    draws = torch.full((2, 16), 0.5)
+    draws = torch.full((2, 18), 0.5)
     assert torch.equal(augment(batch, draws, SINGLE["blur"]), batch)
     torch.testing.assert_close(augment(batch, draws, SINGLE["jpeg"]), compress(batch, torch.full((2,), 40.0)), atol=1e-3, rtol=0)
