@@ -42,10 +42,11 @@ class RowSource(Protocol):
         """Return every row exactly once, shape (n,); a function of its arguments. Worker r trains on the r-th piece of `numpy.array_split`."""
 
     def batches(self, rows: Sequence[IntArray]) -> Iterator[torch.Tensor]:
-        """Yield the pixels of each entry of `rows`, uint8 (k, side, side, 3), RGB, on the device, in order.
+        """Return an iterator over the pixels of each entry of `rows`, uint8 (k, side, side, 3), RGB, on the device, in order.
 
         The entries may be any rows, in any order and several times; they come fastest as one worker's piece of `order`, from anywhere in it to its
         end. A batch is valid until the next one is asked for: its memory is used again. One iterator at a time: a new one ends the one before.
+        Reading begins with the call, so that a caller with other things to do finds the first batch ready. IndexError for rows that are not there.
         """
 
     def close(self) -> None:
@@ -99,20 +100,19 @@ class ResidentRows:
         return dealt_in_steps(np.random.default_rng([seed, epoch, 1]).permutation(len(self.labels)), world_size, batch_size)
 
     def batches(self, rows: Sequence[IntArray]) -> Iterator[torch.Tensor]:
-        """Yield batches, as in RowSource."""
+        """Return batches, as in RowSource."""
         flat = _checked(rows, len(self.labels))
         if self._on_gpu is None:
-            for batch in rows:
-                yield self._handover.give(len(batch), _taker(self._images, batch))
-            return
+            return (self._handover.give(len(batch), _taker(self._images, batch)) for batch in rows)
+        on_gpu = self._on_gpu
         # All indices in one copy: one a batch would make the host wait for the device each time.
         indices = torch.from_numpy(flat).to(self._device)
-        for part in torch.split(indices, [len(batch) for batch in rows]):
-            yield self._on_gpu.index_select(0, part)
+        return (on_gpu.index_select(0, part) for part in torch.split(indices, [len(batch) for batch in rows]))
 
     def close(self) -> None:
-        """Let go of the memory of batches."""
+        """Let go of the memory of batches, and of the rows' on a GPU."""
         self._handover.close()
+        self._on_gpu = None
 
 
 class StreamedRows:
@@ -173,7 +173,7 @@ class StreamedRows:
         return order
 
     def batches(self, rows: Sequence[IntArray]) -> Iterator[torch.Tensor]:
-        """Yield batches, as in RowSource; raises like the class."""
+        """Return batches, as in RowSource; what the iterator raises: see the class."""
         flat = _checked(rows, len(self.labels))
         largest = max((len(batch) for batch in rows), default=0)
         slots = min(max(2 * self._window_rows, 2 * largest), len(self.labels) + 2 * largest)
@@ -182,9 +182,12 @@ class StreamedRows:
             # Kept from epoch to epoch: fresh memory is dearer than what is read into it.
             self._pool = np.empty((slots, *self._pool.shape[1:]), np.uint8)
         loads = plan_loads(self._group_of[flat], slots - largest)
-        reading = self._reading = ReadAhead(lambda uses, into: self._fill(flat[uses], into), loads, slots, self._readers)
+        self._reading = ReadAhead(lambda uses, into: self._fill(flat[uses], into), loads, slots, self._readers)
+        self._reading.start()
+        return self._taken(rows, self._reading)
+
+    def _taken(self, rows: Sequence[IntArray], reading: ReadAhead) -> Iterator[torch.Tensor]:
         try:
-            reading.start()
             first = 0
             for batch in rows:
                 last = first + len(batch)

@@ -134,5 +134,5 @@ class ReadAhead:
             self._stopped = True
             self._changed.notify_all()
         for thread in self._threads:
-            if thread.ident is not None:
+            if thread.ident is not None:  # else it was never started
                 thread.join()

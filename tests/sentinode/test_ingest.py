@@ -1,11 +1,15 @@
 """Rows reach the network exactly once per epoch, from memory and streamed, in little memory, and what is damaged is said."""
 
 import gc
+import os
 import shutil
+import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +22,7 @@ from data_prep.shards import write_rows
 from data_prep.spool import Spool, checksums
 from sentinode import ingest
 from sentinode.dataset import Patches, PreparedDataset, concatenate
+from sentinode.epoch_plan import EpochPlan
 from sentinode.errors import ManifestError, StorageError, UsageError
 from sentinode.ingest import ResidentRows, RowSource, StreamedRows, pixel_bytes, resolve_ingest
 from sentinode.locations import locate
@@ -87,6 +92,7 @@ def delivered(source: RowSource, batches: Sequence[IntArray]) -> npt.NDArray[np.
         ((33,), 1, 3, 4),
         ((64, 64), 16, 32, 1),  # batches larger than two windows
         ((101,), 10, 1, 3),
+        ((1100,), 2000, 50, 2000),  # more rows in one row group than buffers in one system call
     ],
 )
 def test_every_row_arrives_exactly_once_an_epoch_streamed_and_resident(
@@ -169,6 +175,25 @@ def test_starting_in_the_middle_gives_the_tail_of_the_whole(dataset: PreparedDat
             assert all(torch.equal(one, other) for one, other in zip(tail, whole[start:], strict=True))
 
 
+@pytest.mark.parametrize("kind", ["resident", "streamed"])
+@pytest.mark.parametrize("done", [[(3, 2)], [(3, 2), (2, 3)], [(1, 4), (4, 1)]])
+def test_an_epoch_that_goes_on_with_another_number_of_workers_has_every_row_once(
+    dataset: PreparedDataset, streamed: Callable[..., StreamedRows], done: list[tuple[int, int]], kind: str
+) -> None:
+    train = dataset.read_split("train")
+    source: RowSource = ResidentRows(train, "cpu") if kind == "resident" else streamed(dataset, 8)
+    seen = []
+    # What each group of workers did before the next one took over, and the last one to the end.
+    for number, (world_size, count) in enumerate([*done, (2, 1000)]):
+        for rank in range(world_size):
+            plan = EpochPlan(source.order(7, 0, done[0][0], 4), world_size, 4, done=done[:number])
+            batches = [batch for step in plan.of_rank(rank) for batch in step.batches][:count]
+            for batch, pixels in zip(batches, source.batches([batch.rows for batch in batches]), strict=True):
+                np.testing.assert_array_equal(pixels.numpy(), train.images[batch.rows])
+                seen += batch.rows[: batch.own].tolist()
+    assert sorted(seen) == list(range(65))
+
+
 def test_any_rows_in_any_order_are_served(dataset: PreparedDataset, streamed: Callable[..., StreamedRows]) -> None:
     source, images = streamed(dataset, 3), dataset.read_split("train").images
     generator = np.random.default_rng(0)
@@ -176,9 +201,10 @@ def test_any_rows_in_any_order_are_served(dataset: PreparedDataset, streamed: Ca
         batches = [generator.integers(0, len(images), size) for size in generator.integers(0, 12, 40)]
         np.testing.assert_array_equal(delivered(source, batches), images[np.concatenate(batches)])
     assert list(source.batches([])) == []
-    for rows in ([len(images)], [-1]):
-        with pytest.raises(IndexError, match=f"asked of a source of {len(images)}"):
-            next(source.batches([np.asarray(rows)]))
+    for other in (source, ResidentRows(dataset.read_split("train"), "cpu")):
+        for rows in ([len(images)], [-1]):
+            with pytest.raises(IndexError, match=f"asked of a source of {len(images)}"):
+                other.batches([np.asarray(rows)])
 
 
 def test_rows_of_the_batch_before_may_come_again(dataset: PreparedDataset, streamed: Callable[..., StreamedRows]) -> None:
@@ -228,10 +254,35 @@ FORMATS = {
 @pytest.mark.parametrize("fold", [None, 0])
 @pytest.mark.parametrize("name", FORMATS)
 def test_pixels_are_read_however_parquet_holds_them(tmp_path: Path, streamed: Callable[..., StreamedRows], name: str, fold: int | None) -> None:
-    stored = store(tmp_path / "data", row_group_rows=20, parquet=FORMATS[name])
+    stored = store(tmp_path / "data", (190, 65), row_group_rows=150, parquet=FORMATS[name])
     source, train = streamed(stored, fold=fold), stored.read_train_and_val(fold)[0]
     (batches,) = epoch_of(source, 0, 1, 4)
     np.testing.assert_array_equal(delivered(source, batches), train.images[np.concatenate(batches)])
+
+
+def test_pixels_that_are_unknown_are_refused(tmp_path: Path, streamed: Callable[..., StreamedRows]) -> None:
+    stored = store(tmp_path / "data", (10,))
+    path = stored.path / "train" / "part-00000.parquet"
+    pixels = [None, *([b"x" * SIDE_PX * SIDE_PX * 3] * 9)]
+    rewrite(path, lambda table: table.set_column(4, "image", pa.array(pixels, pa.binary(SIDE_PX * SIDE_PX * 3))))
+    source = streamed(stored)
+    assert served_until_refused(source, epoch_of(source, 0, 1, 4)[0], ManifestError)[1] == f"{path}: nulls in column image"
+
+
+def test_a_file_system_that_answers_in_small_parts_is_read_to_the_end(
+    dataset: PreparedDataset, streamed: Callable[..., StreamedRows], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preadv, parts = os.preadv, []
+
+    def read_a_part(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        parts.append(len(buffers))
+        return preadv(descriptor, [*buffers[:1], *(buffer[:20] for buffer in buffers[1:2])], offset)
+
+    monkeypatch.setattr(os, "preadv", read_a_part)
+    source = streamed(dataset)
+    (batches,) = epoch_of(source, 0, 1, 4)
+    np.testing.assert_array_equal(delivered(source, batches), dataset.read_split("train").images[np.concatenate(batches)])
+    assert len(parts) > 60
 
 
 def test_what_prepare_writes_is_read_straight_into_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,6 +379,28 @@ def test_reading_runs_ahead_as_far_as_there_are_slots_and_takes_none_in_use(grou
     reading.stop()
     assert filled == len(groups)
     assert slots - largest_load < most_held <= slots
+
+
+def test_what_fails_ahead_does_not_keep_back_what_is_still_being_read() -> None:
+    def fill(uses: IntArray, into: IntArray) -> None:
+        if uses[0] == 1:
+            raise OSError("the second load cannot be read")
+        # The reader that failed has ended, and the consumer waits.
+        wait_until(lambda: len(ingest_threads()) == 1 and is_waiting(threading.main_thread()))
+
+    reading = ReadAhead(fill, np.array([0, 1]), 2, 2)
+    reading.start()
+    assert len(reading.wait_for(0, 1)) == 1
+    with pytest.raises(OSError, match="the second load cannot be read"):
+        reading.wait_for(1, 2)
+    reading.stop()
+
+
+def is_waiting(thread: threading.Thread) -> bool:
+    frame: FrameType | None = sys._current_frames()[cast(int, thread.ident)]
+    while frame is not None and frame.f_code is not threading.Condition.wait.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -480,6 +553,20 @@ def test_closing_ends_the_threads_and_the_iterator(dataset: PreparedDataset, str
     np.testing.assert_array_equal(delivered(source, batches), dataset.read_split("train").images[np.concatenate(batches)])
 
 
+def test_reading_begins_before_the_first_batch_is_asked_for(
+    dataset: PreparedDataset, streamed: Callable[..., StreamedRows], groups_read: list[int]
+) -> None:
+    source, images = streamed(dataset, 1000), dataset.read_split("train").images
+    (batches,) = epoch_of(source, 0, 1, 4)
+    iterator = source.batches(batches)
+    wait_until(lambda: len(groups_read) == 9)
+    for rows, batch in zip(batches, iterator, strict=True):
+        np.testing.assert_array_equal(batch.numpy(), images[rows])
+    source.batches(batches)
+    source.close()
+    assert not ingest_threads(), "nor of an iterator that was never used"
+
+
 def test_an_error_of_the_consumer_leaves_no_thread(dataset: PreparedDataset, streamed: Callable[..., StreamedRows]) -> None:
     source = streamed(dataset, 4)
     (batches,) = epoch_of(source, 0, 1, 4)
@@ -520,7 +607,8 @@ def test_a_source_on_the_device_gives_the_same_rows(dataset: PreparedDataset, mo
         np.testing.assert_array_equal(batch.numpy(), train.images[rows])
     assert list(source.batches([])) == []
     with pytest.raises(IndexError):
-        next(source.batches([np.array([65])]))
+        source.batches([np.array([65])])
+    source.close()
     source.close()
 
 
@@ -591,11 +679,12 @@ def test_a_row_group_that_was_cut_in_the_store_is_one_line(
     source = streamed(in_store)
     bucket, _, key = str(in_store.root / "train/part-00000.parquet").removeprefix("s3://").partition("/")
     content = s3_server.client().get_object(Bucket=bucket, Key=key)["Body"].read()
-    s3_server.client().put_object(Bucket=bucket, Key=key, Body=content[:600])
-    (batches,) = epoch_of(source, 0, 1, 4)
-    _, message = served_until_refused(source, batches, ManifestError)
-    assert "train/part-00000.parquet: cannot be read (" in message
-    assert "\n" not in message
+    chunk = pq.read_metadata(pa.BufferReader(content)).row_group(2).column(4)
+    for end in (chunk.data_page_offset + chunk.total_compressed_size - 10, chunk.data_page_offset + 10):
+        s3_server.client().put_object(Bucket=bucket, Key=key, Body=content[:end])
+        message = served_until_refused(source, [np.array([16, 17])], ManifestError)[1]
+        assert "train/part-00000.parquet: cannot be read (" in message
+        assert "\n" not in message
 
 
 def test_uses_of_a_row_group_that_are_close_share_one_reading() -> None:
