@@ -1,0 +1,115 @@
+"""Nodes of a cluster come and go while a run is trained on them. The nodes are Ray's own, on this machine: each has its daemons and its workers."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from ray_jobs.checkpoints import best_and_last
+from sentinode.bundle import Bundle
+from sentinode.dataset import PreparedDataset
+from tests.factories import make_dataset
+from tests.processes import ROOT, Running, running, sentinode
+
+pytestmark = [pytest.mark.ray, pytest.mark.chaos]
+
+EPOCHS = 4
+SETTINGS = ["arch=resnet18", "weights=none", "unfreeze_depth=5", "input_size_px=32", f"epochs={EPOCHS}", "batch_size=8", "learning_rate=1e-3"]
+ROWS = 201
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
+    return make_dataset(tmp_path_factory.mktemp("chaos") / "data", train=ROWS, val=41)
+
+
+@contextmanager
+def _cluster(nodes: int) -> Iterator[Any]:
+    """A cluster of a head and some more nodes, each with one CPU."""
+    import ray.util
+    from ray.cluster_utils import Cluster
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        # Its processes must not take another Ray of this machine for theirs.
+        patch.setenv("RAY_ADDRESS", f"{ray.util.get_node_ip_address()}:{port}")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "gcs_server_port": port, "include_dashboard": True})
+        try:
+            for _ in range(nodes):
+                cluster.add_node(num_cpus=1)
+            yield cluster
+        finally:
+            cluster.shutdown()
+
+
+def _node_with_a_worker(cluster: Any) -> Any:
+    """A node, not the head, on which a worker of the run is training."""
+    for node in cluster.worker_nodes:
+        (raylet,) = node.all_processes["raylet"]
+        with suppress(psutil.NoSuchProcess):
+            if any("RayTrainWorker" in " ".join(process.cmdline()) for process in psutil.Process(raylet.process.pid).children(recursive=True)):
+                return node
+    raise AssertionError("no worker trains on a node beside the head")
+
+
+def _train(dataset: PreparedDataset, out: Path, workers: str) -> list[str | Path]:
+    return ["train", "--data", dataset.path, "--out", out, "--set", *SETTINGS, f"workers={workers}"]
+
+
+def _history(out: Path) -> list[dict[str, Any]]:
+    _, last = best_and_last(out)
+    assert last is not None
+    return [{name: value for name, value in record.items() if not name.endswith("seconds")} for record in last.progress.history]
+
+
+def test_a_killed_node_is_replaced_by_another_and_the_result_is_the_same(dataset: PreparedDataset, tmp_path: Path) -> None:
+    # Two workers, three nodes beside the head: one to spare.
+    with _cluster(nodes=3) as cluster:
+        done = sentinode(*_train(dataset, tmp_path / "undisturbed", "2"), ray_address=cluster.address)
+        assert done.returncode == 0, done.stderr
+        with running(*_train(dataset, tmp_path / "run", "2"), ray_address=cluster.address) as command:
+            command.wait_for_line("epoch 1/", 180)
+            cluster.remove_node(_node_with_a_worker(cluster), allow_graceful=False)
+            command.wait_for_line("training with 2 workers on cpu, continuing after epoch ", 180)
+            command.wait_for_line("bundle: ", 240)
+            assert command.process.wait(60) == 0
+    assert _history(tmp_path / "run") == _history(tmp_path / "undisturbed")
+    digests = [Bundle.open(tmp_path / name / "bundle").manifest.digest for name in ("run", "undisturbed")]
+    assert digests[0] == digests[1]
+
+
+@contextmanager
+def _elastic(argv: list[str | Path], address: str) -> Iterator[Running]:
+    """The command, looking for room every second instead of every minute."""
+    script = "import sys, ray_jobs.train as train; train._RESIZE_CHECK_S = 1.0; sys.exit(train.main(sys.argv[2:]))"
+    command, environment = [sys.executable, "-c", script, *map(str, argv)], dict(os.environ) | {"RAY_ADDRESS": address}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment)
+    try:
+        yield Running(process)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def test_an_elastic_run_goes_on_with_fewer_and_with_more_workers_and_counts_every_row_once(dataset: PreparedDataset, tmp_path: Path) -> None:
+    with _cluster(nodes=1) as cluster, _elastic(_train(dataset, tmp_path / "run", "[1,2]"), cluster.address) as command:
+        command.wait_for_line("training with 2 workers on cpu", 180)
+        command.wait_for_line("epoch 1/", 180)
+        cluster.remove_node(_node_with_a_worker(cluster), allow_graceful=False)
+        command.wait_for_line("training with 1 worker on cpu, continuing after epoch ", 180)
+        command.wait_for_line("epoch ", 180)
+        cluster.add_node(num_cpus=1)
+        command.wait_for_line("training with 2 workers on cpu, continuing after epoch ", 180)
+        command.wait_for_line("bundle: ", 240)
+        assert command.process.wait(60) == 0
+    assert [(record["epoch"], record["rows"]) for record in _history(tmp_path / "run")] == [(epoch, ROWS) for epoch in range(EPOCHS)]
