@@ -385,11 +385,11 @@ def test_what_fails_ahead_does_not_keep_back_what_is_still_being_read() -> None:
     def fill(uses: IntArray, into: IntArray) -> None:
         if uses[0] == 1:
             raise OSError("the second load cannot be read")
-        # The reader that failed has ended, and the consumer waits.
-        wait_until(lambda: len(ingest_threads()) == 1 and is_waiting(threading.main_thread()))
+        wait_until(lambda: is_waiting(threading.main_thread()))
 
     reading = ReadAhead(fill, np.array([0, 1]), 2, 2)
     reading.start()
+    wait_until(lambda: len(ingest_threads()) == 1)  # the reader that failed has ended
     assert len(reading.wait_for(0, 1)) == 1
     with pytest.raises(OSError, match="the second load cannot be read"):
         reading.wait_for(1, 2)
