@@ -385,7 +385,7 @@ def test_what_fails_ahead_does_not_keep_back_what_is_still_being_read() -> None:
     def fill(uses: IntArray, into: IntArray) -> None:
         if uses[0] == 1:
             raise OSError("the second load cannot be read")
-        wait_until(lambda: is_waiting(threading.main_thread()))
+        wait_until(lambda: is_in_wait_for(threading.main_thread()))
 
     reading = ReadAhead(fill, np.array([0, 1]), 2, 2)
     reading.start()
@@ -396,9 +396,9 @@ def test_what_fails_ahead_does_not_keep_back_what_is_still_being_read() -> None:
     reading.stop()
 
 
-def is_waiting(thread: threading.Thread) -> bool:
+def is_in_wait_for(thread: threading.Thread) -> bool:
     frame: FrameType | None = sys._current_frames()[cast(int, thread.ident)]
-    while frame is not None and frame.f_code is not threading.Condition.wait.__code__:
+    while frame is not None and frame.f_code is not threading.Condition.wait_for.__code__:
         frame = frame.f_back
     return frame is not None
 
