@@ -11,9 +11,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from sentinode.encoder_stages import CUTS
 from sentinode.errors import ConfigError
 from sentinode.timm_encoders import timm_cut
+from sentinode.winograd import WinogradConv2d
 
 STAGE_COUNT = 6
 """Stem, four stages, head."""
+
+# Eight images of 224 px: the largest activation of a ResNet is then 26 MB. More fall out of the cache, fewer read the weights too often.
+_PIXELS_AT_ONCE = 8 * 224 * 224
 
 
 def stages_of(model: nn.Module, *, dropout: float = 0.0) -> list[nn.Module]:
@@ -87,13 +91,23 @@ def head_names(model: nn.Module) -> set[str]:
 
 
 def fast_trunk(trunk: nn.Module) -> nn.Module:
-    """Return a copy of a frozen trunk that computes the same, within rounding, and fast.
+    """Return a copy of a frozen trunk that computes the same, within rounding, and fast. Call it where the trunk's device is settled.
 
-    It is in eval mode, records nothing for autograd (its outputs are ordinary tensors, good as inputs of a tail that trains), has
-    BatchNorm folded into the convolutions before it, and keeps convolutions in the memory format channels_last, which is what it returns.
-    It does not follow later changes of `trunk`.
+    The copy is in eval mode and records nothing for autograd; its outputs are ordinary tensors, good as inputs of a tail that trains. BatchNorm
+    is folded into the convolutions before it, and tensors have the memory format channels_last, as the output has. On a CPU, a few images at
+    a time go through all layers, so that what a layer leaves is in the cache for the next one, and Winograd's algorithm does large 3x3
+    convolutions. It does not follow later changes of `trunk`.
+
+    Parameters
+    ----------
+    trunk : nn.Module
+        Of `split_at`: float images (n, 3, side, side) to features.
     """
-    return _Frozen(_fold_batch_norm(copy.deepcopy(trunk).eval()))
+    network = _fold_batch_norm(copy.deepcopy(trunk).eval())
+    for name, module in list(network.named_modules()):
+        if WinogradConv2d.suits(module):
+            network.set_submodule(name, WinogradConv2d(cast(nn.Conv2d, module)))
+    return _Frozen(network)
 
 
 class _Frozen(nn.Module):
@@ -106,8 +120,12 @@ class _Frozen(nn.Module):
 
     # Not inference_mode: autograd refuses its tensors as inputs of a layer that trains. The two are equally fast here.
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
-            return cast(torch.Tensor, self.network(x.contiguous(memory_format=torch.channels_last)))
+            pieces = 1 if x.device.type != "cpu" else -(-x.shape[0] * x.shape[2] * x.shape[3] // _PIXELS_AT_ONCE)
+            if pieces <= 1:
+                return cast(torch.Tensor, self.network(x))
+            return torch.cat([self.network(piece) for piece in x.chunk(pieces)])
 
 
 def _fold_batch_norm(network: nn.Module) -> nn.Module:

@@ -10,11 +10,13 @@ from torch import nn
 from torchvision import models
 from torchvision.models import regnet
 
+from sentinode import encoders
 from sentinode.encoder_names import TORCHVISION_NAMES, check_arch, check_input_size
 from sentinode.encoder_stages import CUTS
 from sentinode.encoders import fast_trunk, head_names, set_unfreeze_depth, split_at, stages_of, train_mode
 from sentinode.errors import ConfigError
 from sentinode.model import build_model, count_parameters
+from sentinode.winograd import WinogradConv2d
 
 # One small network of each class of torchvision's, and of each class whose blocks differ from it, with the smallest side that it takes.
 FAMILIES = {
@@ -198,6 +200,31 @@ def test_the_fast_trunk_leaves_the_trunk_alone(depth: int) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.is_contiguous() for parameter in trunk.parameters())
     assert torch.equal(trunk(x), expected)
+
+
+def test_the_fast_trunk_takes_few_images_at_a_time_and_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    trunk, _ = split_at(lived_in("resnet18"), 1)
+    assert trunk is not None
+    x = patches(rows=7)
+    expected = trunk(x)
+    fast = fast_trunk(trunk)
+    seen = []
+    fast.get_submodule("network").register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    for at_once, pieces in ((7, [7]), (3, [3, 3, 1]), (1, [1] * 7), (0.5, [1] * 7)):
+        monkeypatch.setattr(encoders, "_PIXELS_AT_ONCE", int(at_once * 64 * 64))
+        seen.clear()
+        assert (fast(x) - expected).abs().max() <= 1e-4 * expected.abs().max()
+        assert seen == pieces
+
+
+def test_large_convolutions_of_a_fast_trunk_are_winograds() -> None:
+    trunk, _ = split_at(lived_in("resnet18"), 1)
+    assert trunk is not None
+    fast = fast_trunk(trunk)
+    assert sum(isinstance(module, WinogradConv2d) for module in fast.modules()) == 6  # of layer2 and layer3; two halve the side
+    x = patches(224, rows=3)
+    expected = trunk(x)
+    assert (fast(x) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def test_a_batch_norm_that_reads_a_sum_is_left_as_it_is() -> None:
