@@ -126,12 +126,22 @@ class Anchors:
             counted in the order they were added, and the guards (see `agree`) in its upper half.
             Windows of one single colour and grain (`_is_grain`) are left out: they tell nothing about position, and glass is full of them.
         """
-        hashes, places = (np.concatenate(column) for column in zip(*self._found, strict=True))
-        order = np.argsort((hashes >> np.uint64(48)).astype(np.uint16), kind="stable")  # a radix sort, for 16 bits
-        result = np.empty((2, len(order)), np.uint64)
-        np.take(hashes, order, out=result[0], mode="clip")  # "raise" would make a copy first
-        np.take(places, order, out=result[1], mode="clip")
-        return result
+        return ordered(*(np.concatenate(column) for column in zip(*self._found, strict=True)))
+
+    def by_direction(self) -> list[tuple[UInt64Array, UInt64Array]]:
+        """Return the same of the windows along rows, then of those along columns: two rows each, in the order in which they were found."""
+        nothing, found = self._found[0], self._found[1:]
+        parts = [[nothing, *found[direction::2]] for direction in (0, 1)]
+        return [(np.concatenate([hashes for hashes, _ in part]), np.concatenate([rows for _, rows in part])) for part in parts]
+
+
+def ordered(hashes: UInt64Array, rows: UInt64Array) -> UInt64Array:
+    """Return anchors as `Anchors.result` does, from its two rows in any order."""
+    order = np.argsort((hashes >> np.uint64(48)).astype(np.uint16), kind="stable")  # a radix sort, for 16 bits
+    result = np.empty((2, len(order)), np.uint64)
+    np.take(hashes, order, out=result[0], mode="clip")  # "raise" would make a copy first
+    np.take(rows, order, out=result[1], mode="clip")
+    return result
 
 
 def places_of(row: UInt64Array) -> IntArray:

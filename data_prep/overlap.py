@@ -19,6 +19,8 @@ from data_prep.spool import IntArray, Spool
 from sentinode.errors import SentinodeError
 from sentinode.images import UInt8Array
 
+MOST_MEMBERS = 1 << 10
+"""Anchors of one hash whose pairs are looked at without asking whether an overlap can depend on them."""
 _PIECE = 1 << 16  # matches looked at together: 0.5 MB an array, so that a handful stays in a core's cache
 _SEEN_BITS = 20  # 8 MB for the candidates met last
 _SEEN_FACTOR = np.uint64(0x9E3779B97F4A7C15)
@@ -126,7 +128,15 @@ def empty_memory() -> UInt64Array:
     return np.zeros(1 << _SEEN_BITS, np.uint64)
 
 
-def join(hashes: UInt64Array, places: IntArray, guards: UInt32Array, packing: Packing, range_bits: int, seen: UInt64Array) -> Iterator[UInt64Array]:
+def join(
+    hashes: UInt64Array,
+    places: IntArray,
+    guards: UInt32Array,
+    packing: Packing,
+    range_bits: int,
+    seen: UInt64Array,
+    crowded: list[UInt64Array] | None = None,
+) -> Iterator[UInt64Array]:
     """Yield the candidates that some anchors speak for, packed, some at a time, in no order; most of them once.
 
     Parameters
@@ -142,8 +152,12 @@ def join(hashes: UInt64Array, places: IntArray, guards: UInt32Array, packing: Pa
     seen : ndarray of uint64, shape (2^n,)
         Candidates that were returned a short while ago, and are not returned again; `empty_memory()` before the first join. A true pair has some 270
         anchors in common, so this saves most of the sorting. Candidates that push each other out of it come again.
+    crowded : list, optional
+        Receives the hashes that more than MOST_MEMBERS anchors have, whose pairs are left out then: `crowds.needed` says which of them matter.
     """
     members, ends = _shared(hashes, range_bits)
+    if crowded is not None:
+        members, ends = _without_crowds(hashes, members, ends, crowded)
     guards = guards[members]
     patches, within = np.divmod(places[members], packing.side * packing.side)
     # The packed candidate of two anchors is a sum: (second, dy, dx) of an anchor enter with opposite signs when it comes second.
@@ -187,6 +201,18 @@ def _shared(hashes: UInt64Array, range_bits: int) -> tuple[IntArray, IntArray]:
     starts = np.flatnonzero(~as_before[:-1][shared])
     bounds = np.append(starts[1:], len(members)) if len(starts) else starts
     return members, np.repeat(bounds, bounds - starts)
+
+
+def _without_crowds(hashes: UInt64Array, members: IntArray, ends: IntArray, crowded: list[UInt64Array]) -> tuple[IntArray, IntArray]:
+    """Return what `_shared` returned without the buckets of more than MOST_MEMBERS, whose hashes go to `crowded`."""
+    starts = np.flatnonzero(np.diff(ends, prepend=-1))
+    sizes = ends[starts] - starts
+    keep = np.repeat(sizes <= MOST_MEMBERS, sizes)
+    if keep.all():
+        return members, ends
+    crowded.append(np.unique(hashes[members[~keep]]))
+    place = np.append(0, np.cumsum(keep))
+    return members[keep], place[ends[keep]]
 
 
 def _pairs(ends: IntArray) -> Iterator[tuple[IntArray, IntArray]]:

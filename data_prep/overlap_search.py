@@ -2,6 +2,8 @@
 
     anchors of all blocks, cut by hash -> candidates-*.npy -> merged, cut by first patch -> overlaps-*.npy -> Overlaps
 
+Windows that very many patches share go a longer way, if there are any: crowded-*.npy -> needed-*.npy -> further candidates (crowds.py).
+
 A true pair has anchors in every hash range, so it is compared in the second stage, once. Each task writes one file in the work folder; a repeated
 search in the same pixels takes the files that are there.
 """
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.anchors import UInt64Array, guards_of, places_of
+from data_prep.crowds import is_crowded, needed
 from data_prep.overlap import Overlaps, Packing, empty_memory, join, sifted, unique, verify
 from data_prep.spool import Spool, anchors_path, save_array
 from data_prep.tasks import Progress, run_tasks
@@ -53,9 +56,21 @@ def search_overlaps(spool: Spool, work: Path, progress: Progress, *, key: str, w
     anchors = sum(np.load(anchors_path(work, block), mmap_mode="r").shape[1] for block in range(blocks))
     part_bits = max(0, (-(-anchors // _ANCHORS_PER_PART) - 1).bit_length())
     parts = 1 << part_bits
-    candidate_files = [work / f"candidates-{key}-{part:05d}-of-{parts:05d}.npy" for part in range(parts)]
+    names = [f"{key}-{part:05d}-of-{parts:05d}.npy" for part in range(parts)]
+    candidate_files = [work / f"candidates-{name}" for name in names]
     shared = {"spool": spool.to_json()}
-    _run("overlap", _candidates_task, candidate_files, [{**shared, "part": part, "part_bits": part_bits} for part in range(parts)], progress, workers)
+    by_part = [{**shared, "part": part, "part_bits": part_bits} for part in range(parts)]
+    crowded_files = [work / f"crowded-{name}" for name in names]
+    arguments = [{**one, "anchors": _anchor_files(work, blocks), "crowded": str(file)} for one, file in zip(by_part, crowded_files, strict=True)]
+    _run("overlap", _candidates_task, candidate_files, arguments, progress, workers)
+    if any(len(np.load(file, mmap_mode="r")) for file in crowded_files):
+        needed_files = [work / f"needed-{key}-{block:05d}.npy" for block in range(blocks)]
+        arguments = [{**shared, "block": block, "crowded": [str(file) for file in crowded_files]} for block in range(blocks)]
+        _run("crowds", _needed_task, needed_files, arguments, progress, workers)
+        further_files = [work / f"candidates-{key}-further-{part:05d}-of-{parts:05d}.npy" for part in range(parts)]
+        arguments = [{**one, "anchors": [str(file) for file in needed_files], "crowded": None} for one in by_part]
+        _run("overlap in crowds", _candidates_task, further_files, arguments, progress, workers)
+        candidate_files += further_files
     cuts = _cuts(candidate_files)
     pieces = len(cuts) - 1
     overlap_files = [work / f"overlaps-{key}-{piece:05d}-of-{pieces:05d}-parts-{parts}.npy" for piece in range(pieces)]
@@ -66,7 +81,7 @@ def search_overlaps(spool: Spool, work: Path, progress: Progress, *, key: str, w
 
 def _delete_other_searches(work: Path, key: str) -> None:
     """Delete the files of searches in other pixels."""
-    for kind in ("candidates", "overlaps"):
+    for kind in ("candidates", "crowded", "needed", "overlaps"):
         for file in work.glob(f"{kind}-*.npy"):
             if not file.name.startswith(f"{kind}-{key}-"):
                 file.unlink(missing_ok=True)
@@ -80,16 +95,43 @@ def _run(
     run_tasks(stage, function, missing, progress, where=files[0].parent, workers=workers, unit="parts", done=len(files) - len(missing))
 
 
-def _candidates_task(spool: dict[str, Any], part: int, part_bits: int, out: str) -> int:
-    """Join the anchors of one hash range."""
-    pixels = Spool.from_json(spool)
-    sources = [anchors_path(Path(out).parent, block) for block in range(len(pixels.rows))]
-    found = candidates(pixels, sources, part, part_bits)
+def _anchor_files(work: Path, blocks: int) -> list[str]:
+    return [str(anchors_path(work, block)) for block in range(blocks)]
+
+
+def _candidates_task(spool: dict[str, Any], part: int, part_bits: int, anchors: list[str], crowded: str | None, out: str) -> int:
+    """Join the anchors of one hash range; with `crowded` leave out the pairs of hashes that very many have, which go to that file."""
+    crowds: list[UInt64Array] | None = None if crowded is None else [np.empty(0, np.uint64)]
+    found = candidates(Spool.from_json(spool), [Path(file) for file in anchors], part, part_bits, crowds)
+    if crowded is not None and crowds is not None:
+        save_array(Path(crowded), np.concatenate(crowds))
     save_array(Path(out), found)
     return len(found)
 
 
-def candidates(spool: Spool, anchor_files: Sequence[Path], part: int = 0, part_bits: int = 0) -> UInt64Array:
+def _needed_task(spool: dict[str, Any], block: int, crowded: list[str], out: str) -> int:
+    """Find the anchors of one block that an overlap can depend on although very many have their hashes."""
+    hashes = np.unique(np.concatenate([np.load(file) for file in crowded]))
+    found = needed_of_block(Spool.from_json(spool), block, anchors_path(Path(out).parent, block), hashes)
+    save_array(Path(out), found)
+    return len(found[0])
+
+
+def needed_of_block(spool: Spool, block: int, anchor_file: Path, crowded: UInt64Array) -> UInt64Array:
+    """Return `crowds.needed` of the patches of a block that have anchors with crowded hashes, places as in the anchors of the whole block."""
+    area = np.uint64(spool.size_px * spool.size_px)
+    hashes, rows = np.load(anchor_file, mmap_mode="r")
+    patches = np.unique(places_of(rows[is_crowded(hashes, crowded)]) // int(area))
+    found = needed(spool.block(block)[patches], crowded)
+    if len(patches):
+        moved = patches.astype(np.uint64) - np.arange(len(patches), dtype=np.uint64)  # never negative: patches ascend
+        found[1] += moved[(places_of(found[1]) // int(area))] * area
+    return found
+
+
+def candidates(
+    spool: Spool, anchor_files: Sequence[Path], part: int = 0, part_bits: int = 0, crowded: list[UInt64Array] | None = None
+) -> UInt64Array:
     """Return the candidates of one of 2^part_bits equal hash ranges, packed, ascending.
 
     Parameters
@@ -99,6 +141,8 @@ def candidates(spool: Spool, anchor_files: Sequence[Path], part: int = 0, part_b
         What `anchors` returned for each block of the spool, in order, as .npy files.
     part, part_bits : int
         At most 16 bits. Within the part, anchors are joined in smaller ranges that stay in a core's cache.
+    crowded : list, optional
+        As in `overlap.join`.
     """
     packing, patch_px = Packing(len(spool), spool.size_px), spool.size_px * spool.size_px
     blocks = [np.asarray(np.load(file, mmap_mode="r")) for file in anchor_files]
@@ -118,7 +162,7 @@ def candidates(spool: Spool, anchor_files: Sequence[Path], part: int = 0, part_b
         rows = [block[1, cut] for block, cut in zip(blocks, cuts, strict=True)]
         places = np.concatenate([places_of(row) + start for row, start in zip(rows, starts, strict=True)])
         guards = np.concatenate([guards_of(row) for row in rows])
-        for packed in join(hashes, places, guards, packing, range_bits, seen):
+        for packed in join(hashes, places, guards, packing, range_bits, seen, crowded):
             found.add(packed)
     return found.result()
 

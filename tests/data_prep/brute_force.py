@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.anchors import MIN_SHARED_FRACTION, anchors
+from data_prep.anchors import MIN_SHARED_FRACTION, UInt64Array, anchors
 from data_prep.overlap import Overlaps, Packing, is_overlap
-from data_prep.overlap_search import candidates, overlaps
+from data_prep.overlap_search import candidates, needed_of_block, overlaps
 from data_prep.spool import IntArray
 from sentinode.images import UInt8Array
 from tests.data_prep.helpers import make_spool
@@ -27,8 +27,15 @@ def search(folder: Path, images: UInt8Array, part_bits: int = 0, block_rows: int
     for file, block in zip(files, blocks, strict=True):
         np.save(file, anchors(block))
     parts = [folder / f"{part}-of-{1 << part_bits}.npy" for part in range(1 << part_bits)]
+    crowded: list[UInt64Array] = []
     for part, file in enumerate(parts):
-        np.save(file, candidates(spool, files, part, part_bits))
+        np.save(file, candidates(spool, files, part, part_bits, crowded))
+    if crowded:
+        needed_files = [folder / f"{number}-needed.npy" for number in range(len(blocks))]
+        for number, file in enumerate(needed_files):
+            np.save(file, needed_of_block(spool, number, files[number], np.unique(np.concatenate(crowded))))
+        parts.append(folder / "further.npy")
+        np.save(parts[-1], candidates(spool, needed_files))
     return Packing(len(images), images.shape[1]).unpack(overlaps(spool, parts, 0, 2**64 - 1))
 
 

@@ -172,12 +172,25 @@ def test_the_work_on_near_glass_grows_with_the_patches_not_with_their_pairs(tmp_
 def test_candidates_of_deep_grain_are_sorted_out_without_comparing_their_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dots too deep for grain, too few for texture: many candidates, in bounded memory."""
     monkeypatch.setattr("data_prep.overlap_search._CANDIDATES_GATHERED", 50_000)
+    monkeypatch.setattr("data_prep.overlap.MOST_MEMBERS", 1 << 20)
     images = near_glass(12, np.random.default_rng(12), depth=20)
     images[1, :70, :60] = images[0, 26:, 36:]
     found, matches, compared = count_compared(tmp_path, images, monkeypatch)
     assert found == brute_force(images) == [(0, 1, 26, 36)]
     assert matches > 200_000
     assert compared < 1000
+
+
+def test_the_work_on_specks_too_sparse_to_be_texture_grows_with_the_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pair of them would cost some milliseconds: these few patches took four minutes, twice as many a quarter of an hour."""
+    rng = np.random.default_rng(13)
+    images = near_glass(400, rng, depth=20)
+    images[1] = np.roll(images[0], (5, -7), (0, 1))  # one true pair, wherever the square is
+    work = {count: count_compared(tmp_path / str(count), images[:count], monkeypatch) for count in (200, 400)}
+    for count, (found, matches, compared) in work.items():
+        assert (0, 1) in {row[:2] for row in found}
+        assert matches < 1000 * count
+        assert compared < 100 * count
 
 
 @pytest.mark.parametrize("seed", range(8))
