@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from torchvision import models
 
 from sentinode import model as model_module
 from sentinode.encoder_names import TORCHVISION_NAMES
+from sentinode.encoders import head_names, set_unfreeze_depth, train_mode
 from sentinode.errors import ConfigError, UsageError
-from sentinode.model import build_model, count_parameters, set_unfreeze_depth, state_for_storage, train_mode
+from sentinode.model import build_model, count_parameters, initial_state, state_for_storage
 from tests.factories import make_bundle
 
 STAGES = (("fc",), ("layer4",), ("layer3",), ("layer2",), ("layer1",), ("conv1", "bn1"))
@@ -161,6 +163,92 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path, trained: di
     assert "made for another architecture (layer2.0.conv1.weight is missing)" in refusal(tmp_path / "part.safetensors")
     save_file({f"module.{name}": value for name, value in trained.items()}, tmp_path / "ddp.safetensors")
     assert "module.bn1.bias does not fit" in refusal(tmp_path / "ddp.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arch", "side"),
+    [
+        *(("squeezenet1_1", 32), ("densenet121", 32), ("googlenet", 32), ("mnasnet0_5", 32), ("mobilenet_v2", 32), ("mobilenet_v3_small", 32)),
+        *(("regnet_x_400mf", 32), ("shufflenet_v2_x0_5", 32), ("efficientnet_b0", 32), ("convnext_tiny", 32), ("swin_t", 32)),
+        *(("inception_v3", 75), ("maxvit_t", 224), ("vit_b_32", 32), ("alexnet", 63)),
+    ],
+)
+def test_each_family_takes_its_weights_but_for_a_head_of_another_size(arch: str, side: int) -> None:
+    torch.manual_seed(1)
+    stored = build_model(arch, num_classes=3, input_size_px=side).state_dict()
+    plain = {name: value + 1 for name, value in stored.items()}  # as read from a file: without the notes on versions
+    model = build_model(arch, input_size_px=side)
+    model_module._load_trunk(model, dict(plain), "w")
+    assert_same(model, plain, but=tuple(head_names(model)))
+    assert 0 < len(head_names(model)) <= 2
+    with pytest.raises(UsageError, match=r"^weights w: made for another architecture \(\S+ is missing\)$"):
+        model_module._load_trunk(model, dict(list(plain.items())[1:]), "w")
+
+
+def test_a_stored_state_of_each_family_can_be_loaded_back_as_it_is() -> None:
+    """MNASNet refuses a state whose version is not noted, which no file of ours notes."""
+    model = build_model("mnasnet0_5")
+    again = build_model("mnasnet0_5")
+    again.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    assert_same(again, model.state_dict())
+
+
+def test_the_old_names_in_files_of_densenet_are_known() -> None:
+    stored = build_model("densenet121").state_dict()
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", name): value + 1 for name, value in stored.items()}
+    assert sum(name not in stored for name in old) > 100
+    model = build_model("densenet121")
+    model_module._load_trunk(model, old, "w")
+    assert_same(model, {name: value + 1 for name, value in stored.items()})
+
+
+def test_the_old_names_in_files_of_vit_are_known_and_positions_are_interpolated() -> None:
+    stored = build_model("vit_b_32", input_size_px=96).state_dict()
+    grid = torch.arange(9.0).view(3, 3).flatten()
+    stored["encoder.pos_embedding"] = torch.cat([torch.tensor([-1.0]), grid]).view(1, 10, 1).expand(-1, -1, 768).clone()
+    old = {name.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): value for name, value in stored.items()}
+    assert sum(name not in stored for name in old) == 48
+    model = build_model("vit_b_32", input_size_px=160)
+    model_module._load_trunk(model, old, "w")
+    assert_same(model, stored, but=("encoder.pos_embedding",))
+    positions = model.state_dict()["encoder.pos_embedding"][0, :, 0]
+    assert positions[0] == -1, "the class token has no position"
+    square = positions[1:].view(5, 5)
+    assert torch.allclose(square[::4, ::4], torch.tensor([[0.0, 2.0], [6.0, 8.0]]), atol=1e-5), "corners stay"
+    assert torch.allclose(square[2, 2], torch.tensor(4.0), atol=1e-5)
+    assert (square.diff(dim=0) > 0).all()
+    assert (square.diff(dim=1) > 0).all()
+
+
+def test_positions_that_are_no_square_do_not_fit() -> None:
+    model = build_model("vit_b_32", input_size_px=64)
+    state = model.state_dict() | {"encoder.pos_embedding": torch.zeros(1, 8, 768)}
+    with pytest.raises(UsageError, match=r"made for another architecture \(encoder.pos_embedding does not fit\)"):
+        model_module._load_trunk(model, state, "w")
+
+
+@pytest.mark.parametrize(("arch", "auxiliary"), [("googlenet", ["aux1.fc1.weight", "aux2.conv.bn.bias"]), ("inception_v3", ["AuxLogits.fc.bias"])])
+def test_auxiliary_heads_in_files_are_left_out(arch: str, auxiliary: list[str]) -> None:
+    model = build_model(arch)
+    state = {name: value + 1 for name, value in model.state_dict().items()}
+    model_module._load_trunk(model, state | {name: torch.zeros(1) for name in auxiliary}, "w")
+    assert_same(model, state)
+    assert isinstance(model.train()(torch.randn(2, 3, 96, 96)), torch.Tensor)
+
+
+def test_the_inception_networks_scale_their_input_whatever_their_weights() -> None:
+    assert all(build_model(arch).transform_input for arch in ("googlenet", "inception_v3"))
+
+
+def test_the_initial_state_is_what_the_network_is_built_with(tmp_path: Path, trained: dict[str, torch.Tensor]) -> None:
+    save_file({name: value for name, value in trained.items() if not name.startswith("fc.")}, tmp_path / "w.safetensors")
+    torch.manual_seed(4)
+    state = initial_state("resnet18", str(tmp_path / "w.safetensors"))
+    torch.manual_seed(4)
+    assert_same(build_model("resnet18", weights=str(tmp_path / "w.safetensors")), state)
+    other = build_model("resnet18")
+    other.load_state_dict(state)
+    assert_same(other, state)
 
 
 class Payload:
