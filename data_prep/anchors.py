@@ -49,7 +49,7 @@ class _Buffers:
     def __init__(self, pixels: int) -> None:
         self.bytes = np.zeros(3 * pixels + 1, np.uint8)
         self.pixels, self.mixed, self.half, self.whole, self.other = (np.empty(pixels, np.uint32) for _ in range(5))
-        self.chosen, self.flat = np.empty(pixels, np.bool_), np.empty(pixels, np.bool_)
+        self.chosen, self.flat, self.border = (np.empty(pixels, np.bool_) for _ in range(3))
 
 
 @cache
@@ -190,17 +190,21 @@ def _chosen(
     # Equal neighbours hash to 0, so a window of one colour does too, and 0 is never chosen.
     limit = np.uint32(2**32 - 1 - round(density(side) * (2**32 - 1)))
     chosen = np.greater(whole, limit, out=buffers.chosen[: len(whole)])
-    _choose_edges(chosen, np.equal(whole, np.uint32(0), out=buffers.flat[: len(whole)]), along)
+    _choose_edges(chosen, np.equal(whole, np.uint32(0), out=buffers.flat[: len(whole)]), along, buffers)
+    # The flat pixels know no borders: windows that begin in a line and end in the next are none.
+    lines = buffers.chosen[: len(pixels)].reshape(-1, side, side)
+    (lines[:, :, side - length + 1 :] if along == 1 else lines[:, side - length + 1 :])[...] = False
     index = np.flatnonzero(chosen)
+    first = pixels[index]
+    grain = _is_grain(pixels, first, index, length, along)
+    if len(grain):
+        index, first = np.delete(index, grain), np.delete(first, grain)
     line = index // side
     column = index - line * side
     row = line - line // side * side  # an eighth of what % costs
     position, lane = (column, row) if along == 1 else (row, column)
-    keep = position <= side - length  # the flat pixels know no borders
-    keep[keep] = ~_is_grain(pixels, index[keep], length, along)
-    index, position, lane = index[keep], position[keep], lane[keep]
     hashes = (half[index].astype(np.uint64) << np.uint64(32)) | half[index + reach]
-    hashes = (hashes ^ salt) * np.uint64(0xBF58476D1CE4E5B9) + pixels[index] * np.uint64(0xD6E8FEB86659FD93)
+    hashes = (hashes ^ salt) * np.uint64(0xBF58476D1CE4E5B9) + first * np.uint64(0xD6E8FEB86659FD93)
     hashes = (hashes ^ (hashes >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
     hashes ^= hashes >> np.uint64(32)
     aside = length // 2
@@ -212,12 +216,12 @@ def _chosen(
     )
     guards = np.empty((len(index), len(neighbours)), np.uint8)
     for number, (known, step) in enumerate(neighbours):
-        guard = (whole[index + known * step] >> np.uint32(24)).astype(np.uint8) | np.uint8(1)
-        np.multiply(guard, known, out=guards[:, number])
+        beside = whole.take(index + step, mode="clip").view(np.uint8)[3::4]  # the upper byte; of no matter where there is no such window
+        np.multiply(beside | np.uint8(1), known, out=guards[:, number])
     return hashes, (guards.view("<u4").reshape(-1).astype(np.uint64) << _PLACE_BITS) | index.astype(np.uint64)
 
 
-def _choose_edges(chosen: npt.NDArray[np.bool_], flat: npt.NDArray[np.bool_], along: int) -> None:
+def _choose_edges(chosen: npt.NDArray[np.bool_], flat: npt.NDArray[np.bool_], along: int, buffers: _Buffers) -> None:
     """Also choose the windows beside those of one colour: their first or last pixel alone differs from the rest.
 
     An edge between two flat areas has 15 different windows, of which the hash chooses none in half of all cases; a dot on a flat area has few more.
@@ -225,34 +229,33 @@ def _choose_edges(chosen: npt.NDArray[np.bool_], flat: npt.NDArray[np.bool_], al
     """
     if not flat.any():
         return
-    border = flat[along:] ^ flat[:-along]
-    border_before, border_after = border & ~flat[:-along], border & ~flat[along:]
-    chosen[:-along] |= border_before
-    chosen[along:] |= border_after
+    border, size = buffers.border, len(flat) - along
+    chosen[:size] |= np.greater(flat[along:], flat[:size], out=border[:size])
+    chosen[along:] |= np.less(flat[along:], flat[:size], out=border[:size])
 
 
-def _is_grain(pixels: UInt32Array, index: IntArray, length: int, along: int) -> npt.NDArray[np.bool_]:
-    """Tell which windows are the grain of glass: few changes (not more than 6) between grey values within 12 of each other, and no slope.
+def _is_grain(pixels: UInt32Array, first: UInt32Array, index: IntArray, length: int, along: int) -> IntArray:
+    """Return the places in `index` of the grain of glass: few changes (not more than 6) between grey values within 12 of each other, and no slope.
 
     Scanners that clip at white make patches of 255 with scattered 254, in which the same few windows repeat by the hundred; a search through them is
     quadratic and finds nothing, as what counts as an overlap has values more than 12 apart in its common part. They can still be apart there if no
     window holds as much: on a slow slope. A slope's windows stay: from one end to the other they rise or fall by two, not only at a single pixel.
     Where every line rises or falls and even this is missed, a common part of 96 px spans at most 9 values along a line: again too little.
     """
-    grain = np.zeros(len(index), np.bool_)
-    low, high = _extremes(pixels[index])
-    near = np.flatnonzero(high - low <= _GRAIN_RANGE)  # hardly any tissue is that grey
+    # Hardly any tissue is that grey: red and green alone tell most of it.
+    near = np.flatnonzero((first & np.uint32(255)) - ((first >> np.uint32(8)) & np.uint32(255)) + np.uint32(_GRAIN_RANGE) <= 2 * _GRAIN_RANGE)
+    low, high = _extremes(first[near])
     last_low, last_high = _extremes(pixels[index[near] + (length - 1) * along])
-    near = near[np.maximum(last_high, high[near]) - np.minimum(last_low, low[near]) <= _GRAIN_RANGE]
+    near = near[np.maximum(last_high, high) - np.minimum(last_low, low) <= _GRAIN_RANGE]
     windows = pixels[index[near] + np.arange(length)[:, np.newaxis] * along]  # (length, n): the fast direction to reduce
     values = windows.view(np.uint8)  # (length, 4 * n)
     lowest, highest = _extremes(values.min(axis=0).view(np.uint32))[0], _extremes(values.max(axis=0).view(np.uint32))[1]
     changes = (windows[1:] != windows[:-1]).view(np.uint8).sum(axis=0, dtype=np.uint8)
     few = np.flatnonzero((highest - lowest <= _GRAIN_RANGE) & (changes <= _GRAIN_CHANGES))
     depth = max(1, length // 5)
-    first, last = (np.ascontiguousarray(part[:, few]).view(np.uint8).astype(np.int16) for part in (windows[:depth], windows[: -depth - 1 : -1]))
-    slope = ((last - first >= _SLOPE).all(axis=0) | (first - last >= _SLOPE).all(axis=0)).view(np.uint32) != 0  # in any channel
-    grain[near[few]] = ~slope
+    begin, end = (np.ascontiguousarray(part[:, few]).view(np.uint8).astype(np.int16) for part in (windows[:depth], windows[: -depth - 1 : -1]))
+    slope = ((end - begin >= _SLOPE).all(axis=0) | (begin - end >= _SLOPE).all(axis=0)).view(np.uint32) != 0  # in any channel
+    grain: IntArray = near[few[~slope]]
     return grain
 
 
