@@ -23,7 +23,7 @@ from typing import Any
 import ray
 import torch
 
-from ray_jobs.run_folder import REQUEST_FILE
+from ray_jobs.run_folder import REQUEST_FILE, unwritable
 from ray_jobs.run_inputs import Ingest
 from sentinode.config import TrainConfig
 from sentinode.errors import TrainingError, one_line
@@ -145,6 +145,8 @@ def tidy(folder: Path) -> None:
     ------
     TrainingError
         The checkpoint of the best epoch is gone.
+    StorageError
+        The disk is full.
     """
     best, last = best_and_last(folder)
     kept = [saved for saved in (best, last if last is not best else None) if saved is not None]
@@ -158,21 +160,22 @@ def tidy(folder: Path) -> None:
     # Ray sorts by score, ties by age.
     kept.sort(key=lambda saved: (saved.progress.improvement, saved.number))
     results = [{"checkpoint_dir_name": saved.path.name, "metrics": saved.metrics()} for saved in kept]
-    write_json(
-        snapshot,
-        {
-            "ray_version": ray.__version__,
-            "checkpoint_results": results,
-            "checkpoint_report_indices": [saved.number for saved in kept],
-            "latest_checkpoint_result": next(result for result in results if result["checkpoint_dir_name"] == last.path.name),
-            "pending_training_results": [],
-            "pending_validation_specs": [],
-            "current_report_index": last.number + 1,
-            "validated_checkpoint_dir_names": [],
-            "timed_out_validation_checkpoint_dir_names": [],
-            "failed_validation_checkpoint_dir_names": [],
-        },
-    )
+    notes = {
+        "ray_version": ray.__version__,
+        "checkpoint_results": results,
+        "checkpoint_report_indices": [saved.number for saved in kept],
+        "latest_checkpoint_result": next(result for result in results if result["checkpoint_dir_name"] == last.path.name),
+        "pending_training_results": [],
+        "pending_validation_specs": [],
+        "current_report_index": last.number + 1,
+        "validated_checkpoint_dir_names": [],
+        "timed_out_validation_checkpoint_dir_names": [],
+        "failed_validation_checkpoint_dir_names": [],
+    }
+    try:
+        write_json(snapshot, notes)
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
 
 def remove_newer(folder: Path, number: int) -> None:

@@ -1,5 +1,6 @@
 """The folder of a run or sweep belongs to one configuration and one data set."""
 
+import errno
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 
 from sentinode.bundle import Bundle
 from sentinode.config import Config
-from sentinode.errors import UsageError
+from sentinode.errors import SentinodeError, StorageError, UsageError
 from sentinode.storage import write_json
 
 REQUEST_FILE = "request.json"
@@ -62,12 +63,21 @@ class RunRequest:
         ------
         UsageError
             The folder cannot be written.
+        StorageError
+            Its disk is full.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / REQUEST_FILE, self._fields())
         except OSError as error:
-            raise UsageError(f"{self.folder}: cannot be written ({error.strerror})") from error
+            raise unwritable(self.folder, error) from error
+
+
+def unwritable(folder: Path, error: OSError) -> SentinodeError:
+    """Return what to raise where a run's folder cannot be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(f"{folder}: cannot be written ({error.strerror}); make room there and repeat the command")
+    return UsageError(f"{folder}: cannot be written ({error.strerror})")
 
 
 def open_finished_bundle(folder: Path) -> Bundle | None:

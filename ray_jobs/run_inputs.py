@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import ray
 
 from ray_jobs.failures import task_error
@@ -90,10 +91,12 @@ def _load_rows(dataset: PreparedDataset, fold: int | None, calibration_fraction:
         rows, val = dataset.read_train_and_val(fold)
         train = [rows]
     result: list[Patches] = [*train, val]
-    if calibration_fraction > 0:
+    # A class that is absent is told now, not after hours of training; the import takes seconds, which nobody else needs to wait.
+    if calibration_fraction > 0 or len(np.unique(val.labels)) < 2:
         from sentinode.finishing import split_calibration
 
-        result = [*train, *split_calibration(val, calibration_fraction, seed)]
+        choosing, calibrating = split_calibration(val, calibration_fraction, seed)
+        result = [*train, choosing, calibrating]
     return result if len(result) > 1 else result[0]
 
 

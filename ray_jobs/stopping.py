@@ -1,9 +1,9 @@
 """Ctrl-C and SIGTERM while a run is trained: the wish travels to the workers, they checkpoint within the epoch, the command ends with code 3.
 
 A second signal ends at once, and so does the first where no worker trains yet or none answers in time; the run then goes on from its last checkpoint.
+The controller ends with it, on which `TorchTrainer.fit` raises RayActorError.
 """
 
-import os
 import signal
 import threading
 import time
@@ -13,12 +13,11 @@ from typing import Any
 import ray
 
 from ray_jobs.verb import say
-from sentinode.errors import StoppedError
 from sentinode.training import Wish
 
 # For the step or the validation that goes on, and for writing a checkpoint.
 _CHECKPOINT_WAIT_S = 120.0
-_ABORT_WAIT_S = 20.0
+_ABORT_WAIT_S = 10.0
 _ASK_EVERY_S = 0.25
 
 
@@ -35,7 +34,9 @@ class StopOnSignal:
         self.requested = False
         self._log = log
         self._controller: Any = None
-        self._over = threading.Event()
+        self._ended = threading.Event()
+        # Set when nothing is waited for any more: training has ended, or a second signal has come.
+        self._waited_enough = threading.Event()
 
     def install(self, controller: Any) -> None:
         """Handle SIGINT from now on; takes the place of `TorchTrainer._register_sigint_handler`, whose handler loses what the epoch has done."""
@@ -44,14 +45,16 @@ class StopOnSignal:
 
     def over(self) -> None:
         """Training has ended: nothing is left to be aborted."""
-        self._over.set()
+        self._ended.set()
+        self._waited_enough.set()
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        # A handler runs in the middle of whatever the main thread does in Ray, where an exception would come out as another one: it raises none.
         if self.requested:
-            self._controller.abort.remote()
-            raise StoppedError("stopped at once; repeat the command to continue from the last checkpoint")
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._waited_enough.set()
+            return
         self.requested = True
-        # In a thread: a handler runs in the middle of whatever the main thread does in Ray.
         threading.Thread(target=self._stop, name="stopping", daemon=True).start()
 
     def _stop(self) -> None:
@@ -61,12 +64,12 @@ class StopOnSignal:
             trains = False
         if trains:
             say("stopping: a checkpoint is made first; once more stops at once")
-            if self._over.wait(_CHECKPOINT_WAIT_S):
-                return
+            self._waited_enough.wait(_CHECKPOINT_WAIT_S)
+        if self._ended.is_set():
+            return
         self._controller.abort.remote()
-        if not self._over.wait(_ABORT_WAIT_S):
-            # The controller does not answer either: the main thread, which waits for it, is to leave.
-            os.kill(os.getpid(), signal.SIGINT)
+        if not self._ended.wait(_ABORT_WAIT_S):
+            ray.kill(self._controller)
 
 
 class Wishes:

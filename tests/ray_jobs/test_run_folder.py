@@ -1,10 +1,12 @@
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from ray_jobs.run_folder import RunRequest
 from sentinode.config import TrainConfig
-from sentinode.errors import UsageError
+from sentinode.errors import StorageError, UsageError
 
 
 def _request(folder: Path, *, fingerprint: str = "a", folds: int | None = None, verb: str = "train", **settings: object) -> RunRequest:
@@ -58,3 +60,12 @@ def test_a_damaged_request_is_refused(tmp_path: Path) -> None:
     (tmp_path / "request.json").write_text("{")
     with pytest.raises(UsageError, match="damaged"):
         _request(tmp_path).check()
+
+
+def test_a_full_disk_is_not_taken_for_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("ray_jobs.run_folder.write_json", full)
+    with pytest.raises(StorageError, match=r"run: cannot be written \(No space left on device\); make room there and repeat"):
+        _request(tmp_path / "run").claim()

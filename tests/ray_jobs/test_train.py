@@ -2,13 +2,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ray_jobs.cluster import Need, capacity, check_capacity
-from ray_jobs.train import TrainResult, best_checkpoint, train
+from ray_jobs.train import TrainResult, best_checkpoint, initial_weights, main, train
 from sentinode.bundle import Bundle
 from sentinode.config import TrainConfig
 from sentinode.dataset import PreparedDataset
 from sentinode.errors import CapacityError, TrainingError, UsageError
+from sentinode.model import build_model
+from tests.factories import make_dataset
 from tests.ray_jobs.conftest import QUICK, folder_of
 
 pytestmark = pytest.mark.ray
@@ -49,20 +52,73 @@ def test_another_config_in_the_same_folder_is_refused(trained: TrainResult, data
         train(TrainConfig(**(QUICK | {"learning_rate": 0.01}), workers=2), dataset.path, folder_of(trained))
 
 
+def test_another_data_set_in_the_same_folder_is_refused(trained: TrainResult, tmp_path: Path) -> None:
+    other = make_dataset(tmp_path / "data", train=20, val=10)
+    with pytest.raises(UsageError, match=r"belongs to another run \(data_fingerprint "):
+        train(TrainConfig(**QUICK, workers=2), other.path, folder_of(trained))
+
+
+def test_tensorboard_shows_each_epoch_once(trained: TrainResult) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder_of(trained) / "tensorboard")).Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("loss/validation")]
+    assert losses == [(record["epoch"] + 1, pytest.approx(record["val_loss"])) for record in trained.history]
+    facts = events.Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert trained.bundle.manifest.data.fingerprint in facts
+
+
+def test_mlflow_without_its_extra_ends_with_code_2_before_ray_is_started(
+    dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("ray_jobs.train.connected", lambda *_, **__: pytest.fail("Ray was started"))
+    assert main(["--data", str(dataset.path), "--out", str(tmp_path / "run"), "--set", "weights=none", "trackers=[mlflow]"]) == 2
+    assert "pip install 'sentinode[mlflow]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
-def test_a_run_with_the_same_seed_ends_with_the_same_digest(trained: TrainResult, dataset: PreparedDataset, tmp_path: Path, free_cpus: None) -> None:
-    again = train(TrainConfig(**QUICK, workers=2), dataset.path, tmp_path / "again")
+def test_a_run_with_the_same_seed_and_a_checkpoint_after_every_step_ends_with_the_same_digest(
+    trained: TrainResult, dataset: PreparedDataset, tmp_path: Path, free_cpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = TrainConfig(**QUICK, workers=2, checkpoint_interval_s=1e-3, trackers=("mlflow",))
+    again = train(config, dataset.path, tmp_path / "again")
     assert again.bundle.manifest.digest == trained.bundle.manifest.digest
+    assert 1 <= len(list(folder_of(again).glob("checkpoint_*/"))) <= 2
+    # An epoch has four steps; only the number still tells that there were more checkpoints than epochs.
+    assert max(int(path.name.split("_")[1]) for path in folder_of(again).glob("checkpoint_*/")) > 2
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder_of(again)}/mlflow.db")
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "val_loss")] == [1, 2]
+    assert run.data.tags["sentinode.bundle_digest"] == again.bundle.manifest.digest
 
 
-def test_no_epochs_make_a_bundle_of_the_initial_weights(dataset: PreparedDataset, tmp_path: Path, ray_session: None, free_cpus: None) -> None:
-    from sentinode.model import build_model
+@pytest.mark.slow
+def test_a_run_that_streams_its_rows_counts_each_once(dataset: PreparedDataset, tmp_path: Path, ray_session: None, free_cpus: None) -> None:
+    config = TrainConfig(**QUICK, workers=2, ingest="stream", stream_window_rows=16, fold=0)
+    result = train(config, dataset.path, tmp_path / "run")
+    validated = result.bundle.manifest.metrics["rows"]
+    both = dataset.manifest.counts["train"].rows + dataset.manifest.counts["val"].rows
+    assert [record["rows"] for record in result.history] == [both - validated] * 2
 
-    result = train(TrainConfig(**(QUICK | {"epochs": 0}), fold=1), dataset.path, tmp_path / "run")
-    torch.manual_seed(42)
-    expected = build_model("resnet18").state_dict()
-    stored = result.bundle.read_weights()
-    assert all(torch.equal(stored[name], expected[name]) for name in expected)
+
+def test_no_epochs_make_a_bundle_of_the_initial_weights_which_the_driver_alone_reads(
+    dataset: PreparedDataset, tmp_path: Path, ray_session: None, free_cpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(7)
+    # A head of another size is replaced by a random one; everything else is the file's.
+    stored = build_model("resnet18", num_classes=5).state_dict()
+    save_file(stored, tmp_path / "weights.safetensors")
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(**(QUICK | {"epochs": 0, "weights": "weights.safetensors"}), fold=1)
+    result = train(config, dataset.path, tmp_path / "run")
+    weights = result.bundle.read_weights()
+    assert all(torch.equal(weights[name], stored[name]) for name in stored if not name.startswith("fc."))
+    assert torch.equal(weights["fc.weight"], initial_weights(config)["fc.weight"])
     assert result.bundle.manifest.data.fold == 1
 
 
@@ -101,3 +157,10 @@ def test_what_an_autoscaler_may_add_counts(ray_session: None, monkeypatch: pytes
 def test_a_fold_that_does_not_exist_is_refused(dataset: PreparedDataset, tmp_path: Path, ray_session: None) -> None:
     with pytest.raises(UsageError, match="no fold 7; it has folds 0 to 2"):
         train(TrainConfig(**QUICK, fold=7), dataset.path, tmp_path / "run")
+
+
+def test_a_class_that_validation_lacks_is_told_before_training(tmp_path: Path, ray_session: None) -> None:
+    data = make_dataset(tmp_path / "data", train=20, val=1)
+    with pytest.raises(UsageError, match="both classes"):
+        train(TrainConfig(**QUICK), data.path, tmp_path / "run")
+    assert list((tmp_path / "run").glob("checkpoint_*")) == []
