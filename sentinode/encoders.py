@@ -94,9 +94,9 @@ def fast_trunk(trunk: nn.Module) -> nn.Module:
     """Return a copy of a frozen trunk that computes the same, within rounding, and fast. Call it where the trunk's device is settled.
 
     The copy is in eval mode and records nothing for autograd; its outputs are ordinary tensors, good as inputs of a tail that trains. BatchNorm
-    is folded into the convolutions before it, and tensors have the memory format channels_last, as the output has. On a CPU, a few images at
-    a time go through all layers, so that what a layer leaves is in the cache for the next one, and Winograd's algorithm does large 3x3
-    convolutions. It does not follow later changes of `trunk`.
+    is folded into the convolutions before it, and tensors have the memory format channels_last, as the output has. On one CPU thread, a few
+    images at a time go through all layers, so that what a layer leaves is in the cache for the next one, and Winograd's algorithm does large
+    3x3 convolutions. It does not follow later changes of `trunk`.
 
     Parameters
     ----------
@@ -122,7 +122,8 @@ class _Frozen(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
-            pieces = 1 if x.device.type != "cpu" else -(-x.shape[0] * x.shape[2] * x.shape[3] // _PIXELS_AT_ONCE)
+            alone = x.device.type == "cpu" and torch.get_num_threads() == 1
+            pieces = -(-x.shape[0] * x.shape[2] * x.shape[3] // _PIXELS_AT_ONCE) if alone else 1
             if pieces <= 1:
                 return cast(torch.Tensor, self.network(x))
             return torch.cat([self.network(piece) for piece in x.chunk(pieces)])

@@ -28,8 +28,8 @@ _MAX_SHARE = 0.35
 class WinogradConv2d(nn.Module):
     """A convolution that computes what `convolution` does within rounding, about 1e-5 of the largest output; not for training.
 
-    Input and output are float (n, channels, height, width). Where the algorithm does not pay (reduced precision, images of a few pixels), it is
-    `convolution` itself that works.
+    Input and output are float (n, channels, height, width). Where the algorithm does not pay (reduced precision, images of a few pixels, several
+    threads, which would have to wait for each other after each of its many steps), it is `convolution` itself that works.
     """
 
     pixels: torch.Tensor
@@ -63,8 +63,9 @@ class WinogradConv2d(nn.Module):
         down, across = -(-height // _OUT), -(-width // _OUT)
         at_once = min(rows, max(1, _WINDOWS // (down * across)))
         windows = at_once * down * across
+        exact = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         left = _IN * _IN * down * across / (9 * height * width)
-        if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or left > _MAX_SHARE or 2 * windows < channels:
+        if not exact or left > _MAX_SHARE or 2 * windows < channels or torch.get_num_threads() > 1:
             return self.convolution(x)  # type: ignore[no-any-return]
         made = self.convolution.out_channels
         # Buffers that every piece of work uses anew, and views of them. Windows overlap by two pixels.

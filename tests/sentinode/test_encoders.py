@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,14 @@ def lived_in(arch: str, **options: int) -> nn.Module:
         for parameter in stages_of(model)[-1].parameters():
             parameter.uniform_(0, 0.1)
     return model.eval()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def patches(side: int = 64, rows: int = 2) -> torch.Tensor:
@@ -202,6 +211,7 @@ def test_the_fast_trunk_leaves_the_trunk_alone(depth: int) -> None:
     assert torch.equal(trunk(x), expected)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_fast_trunk_takes_few_images_at_a_time_and_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
     trunk, _ = split_at(lived_in("resnet18"), 1)
     assert trunk is not None
@@ -217,6 +227,7 @@ def test_the_fast_trunk_takes_few_images_at_a_time_and_loses_none(monkeypatch: p
         assert seen == pieces
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_large_convolutions_of_a_fast_trunk_are_winograds() -> None:
     trunk, _ = split_at(lived_in("resnet18"), 1)
     assert trunk is not None

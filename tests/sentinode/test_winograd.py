@@ -1,10 +1,20 @@
 """Winograd's algorithm computes what the convolution does, where it pays, and lets the convolution work where it does not."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
 
 from sentinode.winograd import WinogradConv2d
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def convolution(channels: int = 128, made: int = 128, **options: object) -> nn.Conv2d:
@@ -58,6 +68,12 @@ def test_no_row_depends_on_another(rows: int, monkeypatch: pytest.MonkeyPatch) -
 def test_where_it_does_not_pay_the_convolution_works(rows: int, side: int) -> None:
     direct = convolution()
     x = images(rows, 128, side, side)
+    assert torch.equal(WinogradConv2d(direct)(x), direct(x))
+
+
+def test_with_several_threads_the_convolution_works() -> None:
+    direct, x = convolution(), images(4, 128, 28, 28)
+    torch.set_num_threads(2)
     assert torch.equal(WinogradConv2d(direct)(x), direct(x))
 
 
