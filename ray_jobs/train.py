@@ -198,7 +198,7 @@ def _fit(config: TrainConfig, folder: Path, rows: LoadedRows, initial: Any, *, u
         if record["kind"] == "note":
             say(record["text"])
             return
-        say(_describe_epoch(record, config))
+        say(describe_epoch(record, config))
         trackers.add(record)
 
     with following(show) as log:
@@ -274,7 +274,8 @@ def _finish(
     return finish_bundle(weights, calibration, config, dataset.manifest, out, name=name, device=device)
 
 
-def _describe_epoch(record: dict[str, Any], config: TrainConfig) -> str:
+def describe_epoch(record: dict[str, Any], config: TrainConfig) -> str:
+    """Return what the terminal shows of an epoch. The time left is that of all epochs that are not done, by this one's."""
     auc = record.get("val_roc_auc")
     validation = f"val loss {record['val_loss']:.4f}  val AUC {'-' if auc is None else format(auc, '.4f')}"
     if record["epoch"] < 0:

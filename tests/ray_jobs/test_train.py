@@ -1,17 +1,20 @@
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from ray_jobs.checkpoints import best_and_last
 from ray_jobs.cluster import Need, capacity, check_capacity
-from ray_jobs.train import TrainResult, best_checkpoint, initial_weights, main, train
+from ray_jobs.train import TrainResult, best_checkpoint, describe_epoch, initial_weights, main, train
 from sentinode.bundle import Bundle
 from sentinode.config import TrainConfig
 from sentinode.dataset import PreparedDataset
 from sentinode.errors import CapacityError, TrainingError, UsageError
 from sentinode.model import build_model
 from tests.factories import make_dataset
+from tests.processes import running, sentinode
 from tests.ray_jobs.conftest import QUICK, folder_of
 
 pytestmark = pytest.mark.ray
@@ -164,3 +167,44 @@ def test_a_class_that_validation_lacks_is_told_before_training(tmp_path: Path, r
     with pytest.raises(UsageError, match="both classes"):
         train(TrainConfig(**QUICK), data.path, tmp_path / "run")
     assert list((tmp_path / "run").glob("checkpoint_*")) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, "epoch 2/5  loss 0.6000  val loss 0.5000  val AUC 0.9000  lr 0.0003  50 images/s  33 s left"),
+        ({"improvement": 2}, "epoch 2/5  loss 0.6000  val loss 0.5000  val AUC 0.9000  lr 0.0003  50 images/s  33 s left  best so far"),
+        ({"seconds": 1000.0}, "epoch 2/5  loss 0.6000  val loss 0.5000  val AUC 0.9000  lr 0.0003  0 images/s  50 min left"),
+        ({"seconds": 10000.0, "val_roc_auc": None}, "epoch 2/5  loss 0.6000  val loss 0.5000  val AUC -  lr 0.0003  0 images/s  8.3 h left"),
+        ({"epoch": -1}, "initial weights: val loss 0.5000  val AUC 0.9000"),
+    ],
+)
+def test_an_epoch_is_a_line_for_people(changes: dict[str, object], line: str) -> None:
+    numbers = {"train_loss": 0.6, "val_loss": 0.5, "val_roc_auc": 0.9, "learning_rate": 3e-4, "rows": 500, "seconds": 10.0, "val_seconds": 1.0}
+    assert describe_epoch({"epoch": 1, "improvement": 0, **numbers, **changes}, TrainConfig(epochs=5)) == line
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_gpus_is_stopped_within_an_epoch_and_goes_on(dataset: PreparedDataset, tmp_path: Path) -> None:
+    workers = min(2, torch.cuda.device_count())
+    settings = [
+        *(f"{name}={value}" for name, value in QUICK.items()),
+        "epochs=20",
+        "early_stopping_patience_epochs=null",
+        "ema_decay=0.9",
+        "dropout=0.2",
+    ]
+    argv = ["train", "--data", dataset.path, "--out", tmp_path / "run", "--set", *settings, "use_gpu=true", f"workers={workers}"]
+    # Processes of their own: the Ray that tests share has no GPUs.
+    with running(*argv, ray_address=None) as command:
+        assert " on cuda" in command.wait_for_line(f"training with {workers} worker", 300)
+        command.wait_for_line("epoch 1/", 300)
+        command.process.send_signal(signal.SIGTERM)
+        assert command.process.wait(120) == 3
+    again = sentinode(*argv, ray_address=None)
+    assert again.returncode == 0, again.stderr
+    assert " on cuda, continuing " in again.stdout
+    _, last = best_and_last(tmp_path / "run")
+    assert last is not None
+    assert [record["rows"] for record in last.progress.history] == [dataset.manifest.counts["train"].rows] * 20
