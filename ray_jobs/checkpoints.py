@@ -26,7 +26,7 @@ import torch
 from ray_jobs.run_folder import REQUEST_FILE, unwritable
 from ray_jobs.run_inputs import Ingest
 from sentinode.config import TrainConfig
-from sentinode.errors import TrainingError, one_line
+from sentinode.errors import TrainingError, UsageError, one_line
 from sentinode.learner import Learner
 from sentinode.storage import remove_any, temporary_name, write_json
 from sentinode.training import Progress
@@ -35,6 +35,8 @@ WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "state.pt"
 ABOUT_FILE = "checkpoint.json"
 _SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
+# To be raised with any change of what the files hold.
+_FORMAT_VERSION = 1
 # More than the newest checkpoint took: Adam has no moments before its first step, and an unfreezing network gets more of them.
 _ROOM_MARGIN = 1.1
 
@@ -67,12 +69,21 @@ class Saved:
 
     @classmethod
     def open(cls, path: Path) -> "Saved | None":
-        """Return the checkpoint in a folder, None if it is not whole."""
+        """Return the checkpoint in a folder, None if it is not whole.
+
+        Raises
+        ------
+        UsageError
+            Another version of this program made it.
+        """
         try:
             about = json.loads((path / ABOUT_FILE).read_text(encoding="utf-8"))
-            saved = cls(path, about["number"], about["world_size"], about["ingest"], Progress(**about["progress"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError):
             return None
+        if about.get("format_version") != _FORMAT_VERSION:
+            # Not for us to say whether it is whole, so it must not be cleared away either.
+            raise UsageError(f"{path}: made by another version of sentinode; continue the run with that one, or use another --out")
+        saved = cls(path, about["number"], about["world_size"], about["ingest"], Progress(**about["progress"]))
         return saved if all((path / _rank_file(rank)).exists() for rank in range(saved.world_size)) else None
 
     @property
@@ -237,7 +248,7 @@ class CheckpointWriter:
         if self._error is not None:
             raise self._error
         self._number += 1
-        copy = _Copy.of(learner, self._rank, {"number": self._number, **self._about, "progress": asdict(progress)})
+        copy = _Copy.of(learner, self._rank, {"format_version": _FORMAT_VERSION, "number": self._number, **self._about, "progress": asdict(progress)})
         self._written.clear()
         ray.train.report(
             metrics_of(progress, self._number),

@@ -31,7 +31,7 @@ from ray_jobs.checkpoints import (
     tidy,
 )
 from sentinode.config import TrainConfig
-from sentinode.errors import TrainingError
+from sentinode.errors import TrainingError, UsageError
 from sentinode.learner import Learner
 from sentinode.training import PartialEpoch, Progress
 
@@ -54,7 +54,7 @@ def _lay_down(run: Path, number: int, progress: Progress, *, world_size: int = 2
     torch.save({}, folder / STATE_FILE)
     for rank in range(world_size):
         torch.save({}, folder / f"rank{rank}.pt")
-    about = {"number": number, "world_size": world_size, "ingest": "resident", "config": {}, "progress": asdict(progress)}
+    about = {"format_version": 1, "number": number, "world_size": world_size, "ingest": "resident", "config": {}, "progress": asdict(progress)}
     (folder / ABOUT_FILE).write_text(json.dumps(about))
     return folder
 
@@ -103,6 +103,15 @@ def test_a_checkpoint_that_is_not_whole_is_never_gone_on_from(damage: Callable[[
     assert [saved.path for saved in saved_checkpoints(tmp_path)] == [whole]
     assert not torn.exists()
     assert _what_ray_reads(tmp_path) == ([whole], whole)
+
+
+def test_a_checkpoint_of_another_version_is_neither_read_nor_cleared_away(tmp_path: Path) -> None:
+    path = _lay_down(tmp_path, 1, _progress(0.9))
+    about = path / ABOUT_FILE
+    about.write_text(about.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(UsageError, match="made by another version"):
+        tidy(tmp_path)
+    assert about.exists()
 
 
 def _what_ray_reads(run: Path) -> tuple[list[Path], Path]:
