@@ -10,8 +10,6 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from data_prep.anchors import MIN_SHARED_FRACTION, MIN_TEXTURE_STD, UInt32Array, UInt64Array, agree
 from data_prep.fingerprints import sift
@@ -261,6 +259,10 @@ def connected_groups(count: int, first: IntArray, second: IntArray) -> IntArray:
     first, second : ndarray of int64, shape (n,)
         The pairs, in any order.
     """
+    # Slow to import, and the tasks, which import this module too, do not need it.
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     graph = coo_array((np.ones(len(first), np.bool_), (first, second)), shape=(count, count))
     _, component = connected_components(graph, directed=False)
     _, smallest, member_of = np.unique(component, return_index=True, return_inverse=True)

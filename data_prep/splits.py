@@ -60,17 +60,20 @@ def deal_groups(groups: Mapping[str, Counts], ratios: Sequence[float], seed: int
     tumour, are spread in proportion among themselves before the small ones come; against the final target they would all go to the largest share.
     """
     order = sorted(groups, key=lambda group: (-sum(groups[group]), _digest(seed, group)))
-    seen = [0, 0]
+    seen_0, seen_1 = 0, 0
     have = [[0, 0] for _ in ratios]
     dealt = {}
-    for group in order:
-        counts = groups[group]
-        seen = [seen[c] + counts[c] for c in (0, 1)]
-        scores = [sum((ratio * seen[c] - own[c]) * counts[c] for c in (0, 1)) for ratio, own in zip(ratios, have, strict=True)]
+    for group in order:  # as many as patches: written out for both classes
+        count_0, count_1 = groups[group]
+        seen_0, seen_1 = seen_0 + count_0, seen_1 + count_1
+        scores = [(ratio * seen_0 - own[0]) * count_0 + (ratio * seen_1 - own[1]) * count_1 for ratio, own in zip(ratios, have, strict=True)]
         best = max(scores)
-        tied = [share for share, score in enumerate(scores) if score == best]
-        chosen = tied[0] if len(tied) == 1 else max(tied, key=lambda share: _digest(seed, f"{group}:{share}"))
-        have[chosen] = [have[chosen][c] + counts[c] for c in (0, 1)]
+        chosen = scores.index(best)
+        if scores.count(best) > 1:
+            tied = [share for share, score in enumerate(scores) if score == best]
+            chosen = max(tied, key=lambda share: _digest(seed, f"{group}:{share}"))
+        have[chosen][0] += count_0
+        have[chosen][1] += count_1
         dealt[group] = chosen
     return dealt
 

@@ -77,13 +77,14 @@ def run_tasks(
     """
     if not work:
         return []
-    tables = [pa.table({"number": [number], "arguments": [json.dumps(item)]}) for number, item in enumerate(work)]
+    items = [{"number": number, "arguments": json.dumps(item)} for number, item in enumerate(work)]
     results: list[Any] = [None] * len(work)
     units = [1] * len(work) if weights is None else list(weights)
     total, came_back = done + sum(units), 0
     progress(stage, done, total, unit)
     with _quiet_context():
-        dataset = ray.data.from_arrow(tables).map_batches(
+        # Not from_arrow, which would first wait for a task of its own.
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             _call,
             batch_size=None,
             batch_format="pyarrow",
