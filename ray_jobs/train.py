@@ -87,16 +87,16 @@ def train(config: TrainConfig, data: str | Path, out: str | Path, *, verbose: bo
     dataset = PreparedDataset.open(data)
     folder = local_path(out)
     check_trackers(config)
-    # Weights that cannot be had are wrong use, found here in a second.
-    initial = initial_weights(config)
-    if config.weights == "none" and config.max_depth < 5:
-        say(f"warning: weights none with unfreeze_depth {config.max_depth}: the frozen stages stay random")
     with exclusive(folder):
         request = RunRequest(folder, "train", config, dataset.manifest.fingerprint, dataset.manifest.split.folds)
         request.check()
         finished = open_finished_bundle(folder)
         if finished is not None:
             return TrainResult(finished, [], already_complete=True)
+        # Weights that cannot be had are wrong use, found here in a second.
+        initial = initial_weights(config)
+        if config.weights == "none" and config.max_depth < 5:
+            say(f"warning: weights none with unfreeze_depth {config.max_depth}: the frozen stages stay random")
         with connected(config.max_workers, verbose=verbose):
             use_gpu = wants_gpus(config.use_gpu, config.min_workers)
             check_capacity(Need(config.min_workers, config.cpus_per_worker, int(use_gpu)), "train")
@@ -221,7 +221,7 @@ def _fit(config: TrainConfig, folder: Path, rows: LoadedRows, initial: Any, *, u
             raise _with_last_good(training_error(error, folder), folder) from error
         except ray.exceptions.RayActorError as error:
             if not stop.requested:
-                raise
+                raise _with_last_good(training_error(error, folder), folder) from error
             raise StoppedError(f"stopped; repeat the command to continue from the last checkpoint in {folder}") from error
         finally:
             stop.over()
