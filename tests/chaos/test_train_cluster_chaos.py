@@ -38,13 +38,15 @@ def _cluster(nodes: int) -> Iterator[Any]:
     import ray.util
     from ray.cluster_utils import Cluster
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    with socket.socket() as one, socket.socket() as other:
+        for probe in (one, other):
+            probe.bind(("127.0.0.1", 0))
+        port, dashboard_port = one.getsockname()[1], other.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
         # Its processes must not take another Ray of this machine for theirs.
         patch.setenv("RAY_ADDRESS", f"{ray.util.get_node_ip_address()}:{port}")
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "gcs_server_port": port, "include_dashboard": True})
+        dashboard = {"include_dashboard": True, "dashboard_port": dashboard_port}
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "gcs_server_port": port, **dashboard})
         try:
             for _ in range(nodes):
                 cluster.add_node(num_cpus=1)
