@@ -13,6 +13,7 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
+from sentinode.allocator import keep_freed_memory
 from sentinode.errors import SentinodeError, one_line, root_of
 
 
@@ -110,6 +111,7 @@ def run_tasks(
 
 def _call(batch: pa.Table, function: Callable[..., Any], where: str) -> pa.Table:
     """Run the calls of one batch. Failures that have a clear line of their own travel as data: raised, Ray would bury them in a traceback."""
+    keep_freed_memory()  # the next block needs as much again
     rows = []
     for number, item in zip(batch["number"].to_pylist(), batch["arguments"].to_pylist(), strict=True):
         result, failure = None, None
