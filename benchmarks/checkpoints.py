@@ -27,19 +27,17 @@ GOAL = 0.25
 
 def rounds(given: dict[str, Any]) -> dict[str, list[float]]:
     """Ray Train's per-worker function: the seconds of each kind of round."""
-    import torch
 
     from benchmarks.train_gpu import random_patches
     from ray_jobs.checkpoints import CheckpointWriter, _Copy
-    from sentinode.allocator import keep_freed_memory
     from sentinode.config import TrainConfig
     from sentinode.ingest import ResidentRows
     from sentinode.learner import Learner
     from sentinode.model import build_model
     from sentinode.training import Progress, train_epochs
+    from sentinode.worker import set_up_worker
 
-    keep_freed_memory()
-    torch.set_num_threads(1)
+    set_up_worker(1)
     folder = Path(given["folder"])
     config = TrainConfig(weights="none", unfreeze_depth=5, input_size_px=96, batch_size=32, epochs=10**6, early_stopping_patience_epochs=None)
     patches = random_patches(given["steps"] * config.batch_size, 0)

@@ -39,7 +39,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.ratios import Median, median_of
-from sentinode.allocator import keep_freed_memory
 from sentinode.config import AugmentConfig, Precision, TrainConfig
 from sentinode.dataset import Patches, PreparedDataset
 from sentinode.ingest import ResidentRows
@@ -47,6 +46,7 @@ from sentinode.learner import Learner
 from sentinode.model import build_model
 from sentinode.preprocess import network_input
 from sentinode.training import Group, Progress, train_epochs
+from sentinode.worker import set_up_worker
 
 GOALS = {"full": 0.97, "frozen": 1.3, "tifs": 1.0, "ddp": 0.98}
 LOSS_TOLERANCE = 1e-3
@@ -183,11 +183,11 @@ class Side:
 
     def make(self) -> "Ours | Plain":
         """Make it, in the process that is to run it."""
-        torch.set_num_threads(self.threads)
         rows = PreparedDataset.open(self.data).read_split("train").take(np.arange(self.rows))
         if not self.plain:
-            keep_freed_memory()  # as every worker of ours does
+            set_up_worker(self.threads)
             return Ours(self.config, rows, Group())
+        torch.set_num_threads(self.threads)
         if self.tifs is not None:
             return Plain(self.config, rows, Group(), from_tifs(self.tifs, rows, self.config.batch_size, self.workers))
         return Plain(self.config, rows, Group(), from_memory(self.config, rows, Group()))
@@ -282,8 +282,8 @@ class _Timed(Learner):
         z: torch.Tensor = self._noted(lambda: super(_Timed, self).forward(inputs))
         return z
 
-    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        self._noted(lambda: super(_Timed, self).backward(loss, last=last))
+    def backward(self, loss: torch.Tensor) -> None:
+        self._noted(lambda: super(_Timed, self).backward(loss))
 
     def step(self) -> None:
         self._noted(lambda: super(_Timed, self).step())
@@ -353,7 +353,7 @@ def main() -> int:
             finally:
                 scratch.unlink(missing_ok=True)
         elif part == "outside":
-            torch.set_num_threads(args.threads)
+            set_up_worker(args.threads)
             rows = PreparedDataset.open(args.data).read_split("train").take(np.arange(ours.rows))
             print(f"outside: {100 * median_of(outside(config, rows, args.pairs)).value:.1f} % of a step is not forward, backward and optimiser")
         elif part == "tifs":

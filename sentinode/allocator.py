@@ -11,9 +11,9 @@ _NEVER_BYTES = 2**31 - 1
 def keep_freed_memory() -> bool:
     """Let this process use freed memory again instead of giving it back to the kernel each time; return whether the C library can.
 
-    By default every array above 32 MB is mapped from the kernel anew, and freshly mapped pages are zeroed and faulted in one by one. A training step
-    allocates and frees the same few gigabytes again and again: on a virtual machine that was a sixth of a step of ResNet-34 (docs/results.md). The
-    process then keeps what it needed at its peak. Affects only speed and memory. For processes that do one thing, as workers do, not for a library.
+    By default every array above 32 MB is mapped from the kernel anew, and freshly mapped pages are zeroed and faulted in one by one, which
+    virtual machines make dear. A training step allocates and frees the same few gigabytes again and again. The process then keeps what it needed at
+    its peak. Affects only speed and memory. For processes that do one thing, as workers do, not for a library.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -90,8 +90,8 @@ def head_names(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in head}
 
 
-def fast_trunk(trunk: nn.Module) -> nn.Module:
-    """Return a copy of a frozen trunk that computes the same, within rounding, and fast. Call it where the trunk's device is settled.
+def fast_trunk(trunk: nn.Module, *, precision: str = "fp32") -> nn.Module:
+    """Return a copy of a frozen trunk that computes the same, within rounding, and fast. Call it where device and number of threads are settled.
 
     The copy is in eval mode and records nothing for autograd; its outputs are ordinary tensors, good as inputs of a tail that trains. BatchNorm
     is folded into the convolutions before it, and tensors have the memory format channels_last, as the output has. On one CPU thread, a few
@@ -102,10 +102,14 @@ def fast_trunk(trunk: nn.Module) -> nn.Module:
     ----------
     trunk : nn.Module
         Of `split_at`: float images (n, 3, side, side) to features.
+    precision : str
+        That it will run in: fp32, bf16 or fp16.
     """
     network = _fold_batch_norm(copy.deepcopy(trunk).eval())
+    # Kernels for Winograd's algorithm are four times as large as the layer's own: only where they will be used.
+    winograd = precision == "fp32" and torch.get_num_threads() == 1
     for name, module in list(network.named_modules()):
-        if WinogradConv2d.suits(module):
+        if winograd and WinogradConv2d.suits(module):
             network.set_submodule(name, WinogradConv2d(cast(nn.Conv2d, module)))
     return _Frozen(network)
 
@@ -158,9 +162,21 @@ def _check_depth(depth: int) -> None:
 
 
 def _head(parts: Sequence[nn.Module], dropout: float) -> nn.Module:
-    """Put `dropout` before the layer that holds the head's weights, in the place of the encoder's own."""
-    if dropout == 0:
-        return nn.Sequential(*parts)
-    rest = [part for part in parts if not isinstance(part, nn.Dropout)]
+    """Join the parts of a head; with `dropout` before the layer that holds its weights, in the place of the encoder's own."""
+    rest = [part for part in parts if dropout == 0 or not isinstance(part, nn.Dropout)]
     last = next(index for index, part in enumerate(rest) if any(True for _ in part.parameters()))
-    return nn.Sequential(*rest[:last], nn.Dropout(dropout), *rest[last:])
+    return nn.Sequential(*rest[:last], *([nn.Dropout(dropout)] if dropout else []), _InFullPrecision(rest[last]), *rest[last + 1 :])
+
+
+class _InFullPrecision(nn.Module):
+    """A layer that autocast leaves alone. Logits in bf16 have 8 bits: patches would tie that validation ranks, and cross-entropy be coarse."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            return cast(torch.Tensor, self.layer(x))
+        with torch.autocast(x.device.type, enabled=False):
+            return cast(torch.Tensor, self.layer(x.float()))

@@ -10,6 +10,9 @@ IntArray = npt.NDArray[np.int64]
 
 # BatchNorm in train mode needs two values per channel, which one row at 32 px does not give in the last stage.
 _MIN_ROWS = 2
+# A last step of less than this part of a full one joins the step before it: alone, a handful of rows would move the weights (of Adam: as far as a
+# full batch does) and the statistics of BatchNorm, just before the epoch is judged.
+_MIN_LAST_STEP = 1 / 4
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class Batch:
     Attributes
     ----------
     rows : ndarray of int64
-        Indices of rows. From index `own` on they are borrowed: they fill up a batch that would be too small, and count for nothing.
+        Indices of rows. From index `own` on they are borrowed: they fill up a batch that would be too small, and have no part in the loss (but in the
+        statistics of BatchNorm).
     own : int
         Rows of this worker, which are trained on.
     """
@@ -60,7 +64,8 @@ class EpochPlan:
     """The steps of one epoch for a group of workers.
 
     The order of an epoch is cut into one piece per worker (`numpy.array_split`), each piece into batches: at any time every worker has had the same
-    number of batches, and at the end the pieces differ by one row at most.
+    number of batches, and at the end the pieces differ by one row at most. The last batch may be smaller than the others, or larger by up to a
+    quarter.
 
     Parameters
     ----------
@@ -79,11 +84,13 @@ class EpochPlan:
         for index, (workers, batches) in enumerate(done):
             if index == len(done) - 1 and workers == world_size:
                 skipped = batches
-            else:
+            elif batches < _batches_of(len(order), workers, batch_size):
                 order = np.concatenate([piece[batches * batch_size :] for piece in np.array_split(order, workers)])
+            else:
+                order = order[:0]
         self._order = order
         self._pieces = np.array_split(order, world_size)
-        self._batches = -(-len(self._pieces[0]) // batch_size)
+        self._batches = _batches_of(len(order), world_size, batch_size)
         self.world_size = world_size
         self.first_batch = skipped
         """Batches that each worker has done with this number of workers."""
@@ -101,23 +108,27 @@ class EpochPlan:
     def part_done_after(self, step: int) -> float:
         """Return the part of the epoch's rows, above 0 and up to 1, that are done after `step`."""
         started_with = len(self._order)
-        trained = min(started_with, (step + 1) * self._batch_size * self._accumulate * self.world_size)
+        is_last = step == self.steps - 1
+        trained = started_with if is_last else (step + 1) * self._batch_size * self._accumulate * self.world_size
         return (self._rows - started_with + trained) / self._rows
 
     def of_rank(self, rank: int) -> list[Step]:
         """Return the steps that are left, as worker `rank` sees them; the same number for every worker."""
-        rows_a_step = self._batch_size * self._accumulate
         result = []
         for step in range(self.steps_done, self.steps):
-            first, last = step * self._accumulate, min((step + 1) * self._accumulate, self._batches)
-            batches = tuple(self._batch(self._pieces[rank], number) for number in range(first, last))
-            everyone = [piece[step * rows_a_step : (step + 1) * rows_a_step] for piece in self._pieces]
+            numbers = range(step * self._accumulate, min((step + 1) * self._accumulate, self._batches))
+            batches = tuple(self._batch(self._pieces[rank], number) for number in numbers)
+            everyone = [piece[self._start(numbers[0]) : self._start(numbers[-1] + 1)] for piece in self._pieces]
             result.append(Step(batches, np.concatenate(everyone)))
         return result
 
+    def _start(self, batch: int) -> int:
+        """Return where a batch begins in a piece; of the one after the last: where the longest piece ends."""
+        return len(self._pieces[0]) if batch == self._batches else batch * self._batch_size
+
     def _batch(self, piece: IntArray, number: int) -> Batch:
-        start = number * self._batch_size
-        own = piece[start : start + self._batch_size]
+        start = self._start(number)
+        own = piece[start : self._start(number + 1)]
         lacking = _MIN_ROWS - len(own)
         if lacking <= 0:
             return Batch(own, len(own))
@@ -127,3 +138,9 @@ class EpochPlan:
         if len(others) < lacking:
             others = np.resize(np.append(others, own), lacking)
         return Batch(np.concatenate([own, others]), len(own))
+
+
+def _batches_of(rows: int, world_size: int, batch_size: int) -> int:
+    """Return how many batches each worker has. Of all rows, not of a piece: it must be the same for every worker, and for other numbers of them."""
+    full, left = divmod(rows, world_size * batch_size)
+    return full + 1 if left > _MIN_LAST_STEP * world_size * batch_size or full == 0 < left else full

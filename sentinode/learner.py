@@ -45,7 +45,6 @@ class Learner:
     def __init__(self, model: nn.Module, config: TrainConfig, *, device: torch.device | str = "cpu", world_size: int = 1) -> None:
         self.device = torch.device(device)
         self.config, self.world_size = config, world_size
-        # On CPUs too: oneDNN's kernels are faster in it (docs/training.md).
         channels_last = config.channels_last is not False
         self.model = model.to(self.device, memory_format=torch.channels_last) if channels_last else model.to(self.device)  # type: ignore[call-overload]
         if world_size > 1 and config.sync_batch_norm and self.device.type == "cuda":
@@ -84,10 +83,13 @@ class Learner:
             return
         self.depth = depth
         trunk, tail = split_at(self.model, depth, dropout=self.config.dropout)
-        self._trunk = None if trunk is None else self._compiled(fast_trunk(trunk))
+        self._trunk = None if trunk is None else self._compiled(fast_trunk(trunk, precision=self.precision))
         if self.world_size > 1:
             devices = [self.device.index] if self.device.type == "cuda" else None
-            tail = DistributedDataParallel(tail, device_ids=devices, gradient_as_bucket_view=True)
+            # On CPUs a run that goes on must sum gradients in the order of one that was never interrupted, which with three workers and more
+            # decides the rounding. Without `find_unused_parameters` the order changes after the first step of every process.
+            steady = self.device.type == "cpu"
+            tail = DistributedDataParallel(tail, device_ids=devices, gradient_as_bucket_view=True, find_unused_parameters=steady)
         self._tail = self._compiled(tail)
 
     def _compiled(self, module: nn.Module) -> nn.Module:
@@ -110,14 +112,14 @@ class Learner:
             z: torch.Tensor = self._tail(features)
         return z.float()
 
-    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Add the gradients of `loss`; `last` = of the batches of this step, so that workers exchange the sum once."""
-        with self._without_exchange() if not last else nullcontext():
-            self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-
-    def _without_exchange(self) -> AbstractContextManager[None]:
+    def exchanging(self, *, last: bool) -> AbstractContextManager[None]:
+        """Return the context of forward and backward of one batch; `last` = of this step: only then do workers exchange the sum of gradients."""
         tail = getattr(self._tail, "_orig_mod", self._tail)
-        return tail.no_sync() if isinstance(tail, DistributedDataParallel) else nullcontext()
+        return tail.no_sync() if isinstance(tail, DistributedDataParallel) and not last else nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of `loss`."""
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> None:
         """Change the weights by the gradients, then forget these."""
@@ -138,13 +140,22 @@ class Learner:
         network = tail if self._trunk is None else nn.Sequential(self._trunk, tail)
         yield _InFormat(network.eval(), self)
 
+    def is_finite(self) -> bool:
+        """Whether all weights are finite numbers."""
+        return all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters() if parameter.requires_grad)
+
     def buffers_to_share(self) -> list[torch.Tensor]:
         """Return the buffers that workers do not keep equal by themselves: BatchNorm statistics, of which rank 0's are stored."""
         return [*self.model.buffers(), *(self.kept.buffers() if self._average is not None else ())]
 
     def state(self) -> dict[str, Any]:
         """Return what, with the weights of `kept`, continues this learner exactly; tensors and plain values only."""
-        state: dict[str, Any] = {"optimiser": self.optimiser.state_dict(), "schedule": self.schedule.state(), "scaler": self._scaler.state_dict()}
+        state: dict[str, Any] = {
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state(),
+            "scaler": self._scaler.state_dict(),
+            "world_size": self.world_size,
+        }
         if self._average is not None:
             state |= {"raw_weights": state_for_storage(self.model), "averaged_steps": int(self._average.n_averaged)}
         return state
@@ -157,6 +168,8 @@ class Learner:
             self._average.n_averaged.fill_(state["averaged_steps"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.restore(state["schedule"])
+        if self.config.scale_learning_rate and state["world_size"] != self.world_size:
+            self.schedule.scale(self.world_size / state["world_size"])
         self._scaler.load_state_dict(state["scaler"])
         # The trunk is a copy of stages whose weights have just changed.
         depth, self.depth = self.depth, -1

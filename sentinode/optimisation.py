@@ -82,6 +82,12 @@ class Schedule:
         if self._plateau is not None:
             self._plateau.load_state_dict(state)
 
+    def scale(self, factor: float) -> None:
+        """Multiply all rates, from now on."""
+        for group in self._optimiser.param_groups:
+            group["lr"] *= factor
+            group["initial_lr"] *= factor
+
     def _warmup(self) -> float:
         fraction = self._config.warmup_fraction
         return _WARMUP[self._config.schedule] if fraction is None else fraction

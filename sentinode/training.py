@@ -213,15 +213,21 @@ def train_epochs(
     weights = np.array([1.0, class_weight(source.labels, config)], np.float32)
     if config.epochs == 0 and not progress.history:
         record = {"epoch": -1, "depth": learner.depth, "train_loss": None, "learning_rate": learner.learning_rate, "rows": 0, "seconds": 0.0}
-        progress.add(record | _validate(learner, val, weights, config, group), config.selection_metric)
+        progress.add(record | _validate(learner, val, weights, config, group, -1), config.selection_metric)
         hooks.on_epoch(progress)
     while not progress.is_over(config):
         learner.set_depth(config.depth_at(progress.epochs_done))
         record = _Epoch(learner, source, weights, config, progress, hooks, group).run()
-        validation = _validate(learner, val, weights, config, group)
+        validation = _validate(learner, val, weights, config, group, progress.epochs_done)
         learner.schedule.after_epoch(validation["val_loss"])
         progress.add(record | validation, config.selection_metric)
         hooks.on_epoch(progress)
+        if not progress.is_over(config) and _largest(hooks.wish(), group) is Wish.STOP:
+            raise Interrupted(f"stopped after epoch {progress.epochs_done}")
+
+
+def _largest(wish: Wish, group: Group) -> Wish:
+    return Wish(max(int(answer) for answer in group.gather(torch.tensor(int(wish)))))
 
 
 class _Epoch:
@@ -240,8 +246,10 @@ class _Epoch:
         self._learner, self._source, self._config, self._progress, self._hooks, self._group = learner, source, config, progress, hooks, group
         self._number = progress.epochs_done
         before = progress.partial or PartialEpoch()
-        order = source.order(config.seed, self._number, group.world_size, config.batch_size)
         done = [(workers, batches) for workers, batches in before.done]
+        # What is done counts batches of the order that the epoch began with, which depends on how many workers there were then.
+        began_with = done[0][0] if done else group.world_size
+        order = source.order(config.seed, self._number, began_with, config.batch_size)
         self._plan = EpochPlan(order, group.world_size, config.batch_size, config.accumulate_steps, done)
         goes_on = bool(before.done) and before.done[-1][0] == group.world_size
         self._done_before = before.done[:-1] if goes_on else before.done
@@ -252,6 +260,7 @@ class _Epoch:
         loss, weight, self._rows = _own_sums(before.sums, group)
         self._sums = torch.tensor([loss, weight], dtype=torch.float64, device=group.device)
         self._bad_step = torch.full((), _NEVER, dtype=torch.int64, device=group.device)
+        self._rates: dict[int, float] = {}
         self._started = time.monotonic()
 
     def run(self) -> dict[str, Any]:
@@ -266,13 +275,13 @@ class _Epoch:
         every = _AGREE_EVERY_STEPS if group.device.type == "cuda" else 1
         for number, step in enumerate(steps, start=self._plan.steps_done):
             learner.schedule.before_step(self._number + self._plan.part_done_after(number))
-            rate = learner.learning_rate
+            rate = self._rates[number] = learner.learning_rate
             self._train_on(step, number, images, draws)
             if first_batch_s is None:
                 first_batch_s = time.monotonic() - self._started
-            if number % every == 0 and number < self._plan.steps - 1:
-                self._agree(number, rate)
-        self._raise_if_not_finite(rate, self._all_want(Wish.GO_ON)[1])
+            # After the last one too: validation may take long, and there is nobody to ask within it.
+            if number % every == 0 or number == self._plan.steps - 1:
+                self._agree(number)
         loss, weight, rows = np.sum(self._all_sums(), axis=0).tolist()
         return {
             "epoch": self._number,
@@ -290,11 +299,12 @@ class _Epoch:
             inputs = self._inputs(next(images), draws[torch.from_numpy(batch.rows)])
             labels = torch.from_numpy(self._labels[batch.rows]).to(self._group.device, non_blocking=True)
             weight = self._weight_of(batch)
-            z = self._learner.forward(inputs)
-            losses = functional.cross_entropy(z, labels, reduction="none", label_smoothing=self._config.label_smoothing)
-            weighted = (losses * weight).sum()
-            # Workers average their gradients; wanted is the sum over all rows of the step, divided by the sum of their weights.
-            self._learner.backward(weighted * (self._group.world_size / total_weight), last=batch is step.batches[-1])
+            with self._learner.exchanging(last=batch is step.batches[-1]):
+                z = self._learner.forward(inputs)
+                losses = functional.cross_entropy(z, labels, reduction="none", label_smoothing=self._config.label_smoothing)
+                weighted = (losses * weight).sum()
+                # Workers average their gradients; wanted is the sum over all rows of the step, divided by the sum of their weights.
+                self._learner.backward(weighted * (self._group.world_size / total_weight))
             weighted = weighted.detach()
             self._bad_step = torch.where(torch.isfinite(weighted), self._bad_step, self._bad_step.clamp(max=number))
             self._sums += torch.stack([weighted.double(), weight.sum().double()])
@@ -324,16 +334,17 @@ class _Epoch:
         wishes, steps = zip(*(answer.tolist() for answer in answers), strict=True)
         return Wish(max(wishes)), min(steps)
 
-    def _raise_if_not_finite(self, rate: float, bad_step: int) -> None:
+    def _agree(self, number: int) -> None:
+        wish, bad_step = self._all_want(self._hooks.wish())
         if bad_step < _NEVER:
             where = f"epoch {self._number + 1}, step {bad_step + 1} of {self._plan.steps}"
-            raise TrainingError(f"{where}: the training loss is not finite at learning rate {rate:g}; lower it")
-
-    def _agree(self, number: int, rate: float) -> None:
-        wish, bad_step = self._all_want(self._hooks.wish())
-        self._raise_if_not_finite(rate, bad_step)
+            raise TrainingError(f"{where}: the training loss is not finite at learning rate {self._rates[bad_step]:g}; lower it")
         if wish is Wish.GO_ON:
             return
+        if not self._learner.is_finite():
+            # A loss may be finite whose gradient is not. Such weights must not take the place of the last good ones.
+            where = f"epoch {self._number + 1}, step {number + 1} of {self._plan.steps}"
+            raise TrainingError(f"{where}: the weights are not finite at learning rate {self._rates[number]:g}; lower it")
         # Of the buffers rank 0's are stored: the others must go on with the same ones, as they will after a restart.
         self._group.share(self._learner.buffers_to_share())
         batches = (number + 1) * self._config.accumulate_steps
@@ -354,8 +365,11 @@ def _own_sums(sums: list[list[float]], group: Group) -> list[float]:
     return [float(value) for value in np.sum(sums, axis=0)] if sums and group.rank == 0 else [0.0, 0.0, 0.0]
 
 
-def _validate(learner: Learner, val: Patches, weights: npt.NDArray[np.float32], config: TrainConfig, group: Group) -> dict[str, Any]:
-    """Return val_loss (weighted, finite), val_roc_auc and val_seconds over every validation row exactly once; the same on every worker."""
+def _validate(learner: Learner, val: Patches, weights: npt.NDArray[np.float32], config: TrainConfig, group: Group, number: int) -> dict[str, Any]:
+    """Return val_loss (weighted, finite), val_roc_auc and val_seconds over every validation row exactly once; the same on every worker.
+
+    `number` is the epoch's, counted from 0, for errors.
+    """
     started = time.monotonic()
     # DDP copies rank 0's BatchNorm statistics before each step but not after the last one; rank 0's are what is saved.
     group.share(learner.buffers_to_share())
@@ -375,7 +389,7 @@ def _validate(learner: Learner, val: Patches, weights: npt.NDArray[np.float32], 
     row_weights = weights.astype(np.float64)[val.labels]
     loss = float((losses * row_weights).sum() / row_weights.sum())
     if not np.isfinite(loss):
-        raise TrainingError(f"the validation loss is {loss} at learning rate {learner.learning_rate:g}; lower it")
+        raise TrainingError(f"epoch {number + 1}: the validation loss is {loss} at learning rate {learner.learning_rate:g}; lower it")
     auc = roc_auc(val.labels, logits) if np.isfinite(logits).all() else None
     return {"val_loss": loss, "val_roc_auc": auc, "val_seconds": time.monotonic() - started}
 

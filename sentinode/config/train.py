@@ -91,9 +91,9 @@ class TrainConfig(Config):
     stage_lr_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Each stage further from the head learns at the rate of the one before it times this."""
     momentum: Share = 0.9
-    """Of sgd (Nesterov's)."""
+    """Of sgd (Nesterov's); one_cycle moves it from 0.95 to 0.85 and back instead."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """L2 penalty (adam, sgd), or decoupled decay (adamw)."""
+    """L2 penalty (adam, sgd), or decoupled decay (adamw), of all weights, those of normalisation layers and biases too."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Gradients are scaled down to this Euclidean norm where theirs is larger; null never."""
     class_weight: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
@@ -113,7 +113,7 @@ class TrainConfig(Config):
     lr_patience_epochs: Annotated[int, Field(ge=0)] = 2
     """ReduceLROnPlateau: epochs without improvement that are waited for."""
     lr_floor: Annotated[float, Field(ge=0)] = 1e-6
-    """Smallest learning rate of plateau; the last one of cosine and one_cycle."""
+    """Smallest learning rate of plateau; the last one of cosine. (one_cycle ends at 4e-6 times its highest.)"""
     selection_metric: Literal["val_loss", "val_roc_auc"] = "val_loss"
     """What decides the best checkpoint and early stopping."""
     early_stopping_patience_epochs: Annotated[int, Field(ge=1)] | None = 6
@@ -129,7 +129,7 @@ class TrainConfig(Config):
     precision: Precision = "auto"
     """Arithmetic of the forward pass; `auto` = bf16 autocast on GPUs, fp32 on CPUs. fp16 (with loss scaling) needs GPUs."""
     channels_last: Literal["auto"] | bool = "auto"
-    """Memory format of the network; `auto` = the faster one of the device (docs/training.md)."""
+    """Memory format of the network; `auto` = true. oneDNN and tensor cores prefer it; false is there for comparison."""
     compile: bool = False
     """Compile the network with torch.compile: minutes at the start, faster steps after it."""
     sync_batch_norm: bool = False
@@ -182,6 +182,10 @@ class TrainConfig(Config):
             raise ValueError("precision fp16 needs GPUs: set use_gpu, or precision bf16 or fp32")
         if self.use_gpu is False and self.sync_batch_norm:
             raise ValueError("sync_batch_norm needs GPUs: torch has it for CUDA only")
+        if self.epochs and any(epoch >= self.epochs for epoch in self.unfreeze_schedule):
+            raise ValueError(f"unfreeze_schedule {self.unfreeze_schedule} has a stage after the last of {self.epochs} epochs")
+        if self.schedule in ("plateau", "cosine") and self.lr_floor > self.learning_rate:
+            raise ValueError(f"lr_floor {self.lr_floor:g} is above learning_rate {self.learning_rate:g}")
         depths = [self.unfreeze_depth, *(self.unfreeze_schedule[epoch] for epoch in sorted(self.unfreeze_schedule))]
         if any(later <= earlier for earlier, later in itertools.pairwise(depths)):
             raise ValueError(f"unfreeze_schedule {self.unfreeze_schedule} must go up from unfreeze_depth {self.unfreeze_depth}")

@@ -24,14 +24,16 @@ def test_every_row_is_dealt_exactly_once(rows: int, batch_size: int, world_size:
     order = dealt_in_steps(order_of(rows), world_size, batch_size)
     plan = EpochPlan(order, world_size, batch_size, accumulate)
     ranks = [plan.of_rank(rank) for rank in range(world_size)]
-    assert {len(steps) for steps in ranks} == {math.ceil(rows / (batch_size * world_size * accumulate))}, "workers would wait for each other"
+    full, left = divmod(rows, batch_size * world_size)
+    batches = max(1, full + (4 * left > batch_size * world_size))  # a small rest joins the last one
+    assert {len(steps) for steps in ranks} == {math.ceil(batches / accumulate)}, "workers would wait for each other"
     dealt = []
     for steps in zip(*ranks, strict=True):
         mine = [row for step in steps for batch in step.batches for row in batch.rows[: batch.own].tolist()]
         assert {len(step.batches) for step in steps} == {len(steps[0].batches)}
         for step in steps:
             assert sorted(step.all_rows.tolist()) == sorted(mine)
-            assert all(2 <= len(batch.rows) <= max(2, batch_size) for batch in step.batches)
+            assert all(2 <= len(batch.rows) <= max(2, math.ceil(1.25 * batch_size)) for batch in step.batches)
         dealt.extend(mine)
     assert sorted(dealt) == list(range(rows))
 
@@ -45,8 +47,16 @@ def test_steps_do_not_depend_on_the_number_of_workers_but_on_their_rows(rows: in
     assert [set(step.all_rows.tolist()) for step in alone] == [set(step.all_rows.tolist()) for step in together]
 
 
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_a_last_step_of_a_few_rows_joins_the_one_before(world_size: int) -> None:
+    order = dealt_in_steps(order_of(154_017), world_size, 32 // world_size)  # one row more than 4,813 batches of 32
+    steps = EpochPlan(order, world_size, 32 // world_size).of_rank(0)
+    assert len(steps) == 4813
+    assert [len(step.all_rows) for step in steps[-2:]] == [32, 33]
+
+
 def test_a_borrowed_row_is_another_one_and_from_just_before() -> None:
-    plan = EpochPlan(order_of(17), 1, 8)
+    plan = EpochPlan(order_of(7), 1, 3)
     last = plan.of_rank(0)[-1].batches[0]
     before = plan.of_rank(0)[-2].batches[0]
     assert last.own == 1
@@ -54,7 +64,7 @@ def test_a_borrowed_row_is_another_one_and_from_just_before() -> None:
 
 
 def test_a_worker_without_rows_borrows_two() -> None:
-    plan = EpochPlan(dealt_in_steps(order_of(9), 2, 4), 2, 4)
+    plan = EpochPlan(dealt_in_steps(order_of(4), 3, 1), 3, 1)
     last = plan.of_rank(1)[-1].batches[0]
     assert last.own == 0
     assert len(set(last.rows.tolist())) == 2
@@ -76,6 +86,13 @@ def test_the_rest_of_an_interrupted_epoch_is_what_would_have_come(batches_done: 
             np.testing.assert_array_equal(one.all_rows, other.all_rows)
             np.testing.assert_array_equal(one.batches[0].rows, other.batches[0].rows)
     assert rest.part_done_after(rest.steps - 1) == 1.0
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_nothing_is_left_of_an_epoch_whose_batches_are_all_done(world_size: int) -> None:
+    order = order_of(66)
+    batches = sum(len(step.batches) for step in EpochPlan(order, 2, 4).of_rank(0))
+    assert EpochPlan(order, world_size, 4, done=[(2, batches)]).of_rank(0) == []
 
 
 @pytest.mark.parametrize("history", [[(2, 3)], [(3, 2), (1, 4)], [(1, 5), (2, 1), (4, 1)]])

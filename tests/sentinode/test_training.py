@@ -15,13 +15,14 @@ from torch.nn import functional
 from sentinode.augment import augment, draw
 from sentinode.config import AugmentConfig
 from sentinode.dataset import Patches
+from sentinode.epoch_plan import EpochPlan
 from sentinode.errors import TrainingError, UsageError
 from sentinode.inference import network_logits
 from sentinode.ingest import ResidentRows
 from sentinode.learner import Learner
 from sentinode.metrics import roc_auc
 from sentinode.preprocess import normalise, resize, to_unit_nchw
-from sentinode.training import Hooks, Interrupted, Progress, Wish, class_weight
+from sentinode.training import Hooks, Interrupted, PartialEpoch, Progress, Wish, class_weight, train_epochs
 from tests.sentinode.training_helpers import GRADIENT_DESCENT, PLAIN, config, network, patches, small_network, that_never_learns, train
 
 
@@ -108,11 +109,11 @@ def test_a_step_follows_the_gradient_of_the_weighted_mean_of_its_augmented_rows(
 
 def test_a_last_step_of_one_row_trains_statistics_too() -> None:
     # At 32 px the last stage sees one value per channel, and BatchNorm needs two.
-    learner, settings = make(depth=1, batch_size=8)
+    learner, settings = make(depth=1, batch_size=3)
     seen: list[torch.Tensor] = []
     learner.model.get_submodule("layer4").register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
-    progress = train(learner, patches(17), patches(6, 1), settings)
-    assert progress.history[0]["rows"] == 17
+    progress = train(learner, patches(7), patches(6, 1), settings)
+    assert progress.history[0]["rows"] == 7
     assert all(torch.isfinite(value).all() for value in learner.model.state_dict().values() if value.is_floating_point())
     first, second = seen[2]
     assert not torch.equal(first, second), "a variance of nothing went into the statistics"
@@ -179,6 +180,7 @@ def assert_same_end(whole: tuple[Learner, Progress], other: tuple[Learner, Progr
 VARIANTS: dict[str, dict[str, Any]] = {
     "plateau": {"lr_patience_epochs": 0, "learning_rate": 0.003},
     "one cycle, averaged, dropped out": {"schedule": "one_cycle", "optimiser": "adamw", "ema_decay": 0.8, "dropout": 0.3},
+    "half precision": {"precision": "bf16", "schedule": "one_cycle"},
     "thawing, accumulated": {
         "schedule": "cosine",
         "optimiser": "sgd",
@@ -225,19 +227,70 @@ def test_stopping_and_continuing_gives_bitwise_the_undisturbed_run(variant: str,
     assert len({record["learning_rate"] for record in whole.history}) > 1, "the schedule did nothing, so nothing of it was tested"
 
 
-def test_a_stop_names_where_it_fell_and_is_never_asked_for_after_the_last_step() -> None:
+@pytest.mark.parametrize(
+    ("asked", "where"),
+    [
+        (2, "within epoch 1, after step 2 of 3"),
+        (3, "within epoch 1, after step 3 of 3"),
+        (4, "after epoch 1"),
+        (7, "within epoch 2, after step 3 of 3"),
+    ],
+)
+def test_a_stop_is_obeyed_after_any_step_and_any_epoch_and_changes_nothing(asked: int, where: str) -> None:
+    rows, val = patches(21), patches(6, 1)
+    undisturbed, settings = make(depth=0, batch_size=8, epochs=2)
+    whole = train(undisturbed, rows, val, settings)
+    learner, _ = make(depth=0, batch_size=8, epochs=2)
+    wishes = iter([Wish.GO_ON] * (asked - 1) + [Wish.STOP])
+    checkpoints: list[bytes] = []
+
+    def save(now: Progress) -> None:
+        checkpoints.append(saved(learner, now))
+
+    with pytest.raises(Interrupted, match=f"stopped {where}"):
+        train(learner, rows, val, settings, hooks=Hooks(save, lambda: next(wishes), save))
+    resumed, progress = restored(checkpoints[-1], settings)
+    train(resumed, rows, val, settings, progress)
+    assert_same_end((undisturbed, whole), (resumed, progress))
+
+
+def test_nobody_is_asked_once_training_is_done() -> None:
     learner, settings = make(depth=0, batch_size=8)
-    asked = []
+    asked: list[int] = []
+    train(learner, patches(21), patches(6, 1), settings, hooks=Hooks(wish=lambda: asked.append(1) or Wish.GO_ON))  # type: ignore[func-returns-value]
+    assert len(asked) == 3  # one for each step, none after the last epoch
 
-    def wish() -> Wish:
-        asked.append(1)
-        return Wish.STOP if len(asked) == 2 else Wish.GO_ON
 
-    with pytest.raises(Interrupted, match="stopped within epoch 1, after step 2 of 3"):
-        train(learner, patches(21), patches(6, 1), settings, hooks=Hooks(wish=wish))
-    asked.append(1)
-    train(make(depth=0, batch_size=8)[0], patches(21), patches(6, 1), settings, hooks=Hooks(wish=wish))
-    assert len(asked) == 3 + 2
+class Recorded(ResidentRows):
+    """Rows in memory that note which were asked for."""
+
+    def __init__(self, rows: Patches) -> None:
+        super().__init__(rows, torch.device("cpu"))
+        self.asked: list[int] = []
+
+    def batches(self, batches: Any) -> Any:
+        batches = list(batches)
+        self.asked += [int(row) for batch in batches for row in batch]
+        return super().batches(batches)
+
+
+@pytest.mark.parametrize("done", [[[2, 3]], [[3, 2], [1, 4]], [[4, 2], [2, 1]]])
+def test_an_epoch_that_other_numbers_of_workers_began_trains_each_row_once(done: list[list[int]]) -> None:
+    source = Recorded(patches(101))
+    settings = config(unfreeze_depth=0, batch_size=4)
+    order = source.order(settings.seed, 0, done[0][0], settings.batch_size)
+    before = [(workers, batches) for workers, batches in done]
+    trained = [
+        int(row)
+        for index, (workers, batches) in enumerate(before)
+        for rank in range(workers)
+        for step in EpochPlan(order, workers, 4, done=before[:index]).of_rank(rank)[:batches]
+        for row in step.batches[0].rows
+    ]
+    progress = Progress(partial=PartialEpoch(done=done, sums=[[0.0, 0.0, float(len(trained))]]))
+    train_epochs(Learner(network(0), settings), source, patches(6, 1), settings, progress)
+    assert sorted(trained + source.asked) == list(range(101))
+    assert progress.history[0]["rows"] == 101
 
 
 def timeless(record: dict[str, Any]) -> dict[str, Any]:
@@ -289,7 +342,7 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run_before_it_is_recorded
     learner, settings = make(depth=5)
     learner.model.get_submodule("bn1").running_var.fill_(-1e9)  # train mode does not look at it
     progress = Progress()
-    with pytest.raises(TrainingError, match=r"the validation loss is nan at learning rate 0\.001; lower it"):
+    with pytest.raises(TrainingError, match=r"epoch 1: the validation loss is nan at learning rate 0\.001; lower it"):
         train(learner, patches(16), patches(6, 1), settings, progress)
     assert progress == Progress()
 
