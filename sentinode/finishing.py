@@ -5,19 +5,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from sentinode.bundle import Bundle, write_bundle
 from sentinode.calibration import choose_threshold, fit_temperature_and_bias, require_both_classes
-from sentinode.config import TrainConfig
+from sentinode.config import Rgb, TrainConfig
 from sentinode.dataset import Patches
 from sentinode.errors import TrainingError
+from sentinode.images import UInt8Array
 from sentinode.inference import network_logits
 from sentinode.manifests import DatasetManifest, ReferenceStatistics
 from sentinode.metrics import confusion, rates, roc_auc
 from sentinode.model import build_model
 from sentinode.probability import calibrated_probability, decide
 from sentinode.tissue import is_pale
+
+# 32,000 patches at once would take 7 GB as floating-point numbers, after hours of training.
+_ROWS_AT_ONCE = 512
 
 
 def split_calibration(val: Patches, fraction: float, seed: int) -> tuple[Patches, Patches]:
@@ -99,7 +104,7 @@ def finish_bundle(
         samples=config.bootstrap_samples,
         seed=config.seed,
     )
-    decisions = decide(logits, temperature=temperature, bias=bias, threshold=threshold, review=config.review, pale=is_pale(calibration.images))
+    decisions = decide(logits, temperature=temperature, bias=bias, threshold=threshold, review=config.review, pale=_pale(calibration.images))
     counts = confusion(calibration.labels, probabilities >= threshold)
     metrics: dict[str, Any] = {
         "rows": len(calibration),
@@ -107,6 +112,7 @@ def finish_bundle(
         **rates(counts),
         "confusion": counts.model_dump(),
     }
+    channel_mean, channel_std = channel_statistics(calibration.images)
     return write_bundle(
         out,
         weights,
@@ -118,8 +124,8 @@ def finish_bundle(
         threshold_rule=rule,
         metrics=metrics,
         reference=ReferenceStatistics(
-            channel_mean=_rgb(calibration.images.mean(axis=(0, 1, 2)) / 255),
-            channel_std=_rgb(calibration.images.reshape(-1, 3).std(axis=0, dtype=np.float64) / 255),
+            channel_mean=channel_mean,
+            channel_std=channel_std,
             positive_rate=float((probabilities >= threshold).mean()),
             review_rate=float(np.mean([decision.needs_review for decision in decisions])),
             probability_deciles=np.quantile(probabilities, np.arange(1, 10) / 10).tolist(),
@@ -128,6 +134,21 @@ def finish_bundle(
     )
 
 
-def _rgb(values: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float, float]:
+def _pale(images: UInt8Array) -> npt.NDArray[np.bool_]:
+    return np.concatenate([is_pale(images[start : start + _ROWS_AT_ONCE]) for start in range(0, len(images), _ROWS_AT_ONCE)])
+
+
+def channel_statistics(images: UInt8Array) -> tuple[Rgb, Rgb]:
+    """Return mean and standard deviation of each channel, scale 0..1, over all pixels of uint8 images (n, h, w, 3), exact and in little memory."""
+    counts = np.zeros((3, 256), np.int64)
+    for start in range(0, len(images), _ROWS_AT_ONCE):
+        for channel in range(3):
+            counts[channel] += np.bincount(images[start : start + _ROWS_AT_ONCE, ..., channel].reshape(-1), minlength=256)
+    values, shares = np.arange(256) / 255, counts / counts.sum(axis=1, keepdims=True)
+    means = shares @ values
+    return _rgb(means), _rgb(np.sqrt((shares * (values - means[:, np.newaxis]) ** 2).sum(axis=1)))
+
+
+def _rgb(values: npt.NDArray[np.float64]) -> Rgb:
     red, green, blue = values.tolist()
     return red, green, blue
