@@ -2,16 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ray_jobs.checkpoints import CheckpointError, CheckpointWriter, Saved, lacking_room, remove_newer, restore
 from ray_jobs.run_inputs import Loop
 from ray_jobs.stopping import Wishes
-from sentinode.allocator import keep_freed_memory
 from sentinode.errors import TrainingError, UsageError
 from sentinode.learner import Learner
 from sentinode.model import build_model
 from sentinode.training import Group, Hooks, Interrupted, Progress, train_epochs
+from sentinode.worker import set_up_worker
 
 
 def train_loop_per_worker(given: dict[str, Loop]) -> dict[str, str] | None:
@@ -30,12 +31,9 @@ def train_loop_per_worker(given: dict[str, Loop]) -> dict[str, str] | None:
     config = loop.config
     context = ray.train.get_context()
     group = Group(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-    torch.set_num_threads(config.cpus_per_worker)
-    keep_freed_memory()
-    if group.device.type == "cpu":
-        torch.use_deterministic_algorithms(True)
+    set_up_worker(config.cpus_per_worker, group.device)
     # Dropout: every worker draws of its own.
-    torch.manual_seed(config.seed + group.rank)
+    torch.manual_seed(int(np.random.SeedSequence([config.seed, group.rank]).generate_state(1)[0]))
 
     model = build_model(config.arch, weights="none", input_size_px=config.input_size_px)
     model.load_state_dict(ray.get(loop.initial))

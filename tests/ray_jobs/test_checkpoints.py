@@ -174,7 +174,7 @@ def _step(learner: Learner) -> None:
     learner.schedule.before_step(0.5)
     learner.train_mode()
     inputs, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 0, 1])
-    learner.backward(nn.functional.cross_entropy(learner.forward(inputs), labels), last=True)
+    learner.backward(nn.functional.cross_entropy(learner.forward(inputs), labels))
     learner.step()
 
 
