@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import httpx
@@ -25,6 +26,7 @@ import httpx
 from ray_jobs.verb import say
 from sentinode import CLASS_NAMES, RESEARCH_USE_NOTICE
 from sentinode.dataset import PreparedDataset
+from sentinode.errors import StoppedError
 
 _SYNTHETIC_PATCHES = 600
 # Small enough for two cores. Epochs are ranked by AUC: after so few steps the loss still jumps with BatchNorm's running statistics.
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     for command in commands:
         say(f"\n$ sentinode {' '.join(command)}")
-        code = subprocess.run([sys.executable, "-m", "ray_jobs.cli", *command], check=False).returncode
+        code = run_to_its_end([sys.executable, "-m", "ray_jobs.cli", *command])
         if code:
             return code
     serve = ["serve", "--bundle", str(bundle), "--port", "0", "--set", "auth=none"]
@@ -72,6 +74,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     say(_summary(folder, data, run, sweep, report, bundle, time.monotonic() - started))
     return 0
+
+
+def run_to_its_end(command: list[str]) -> int:
+    """Run one command and return its exit code, 0 only if nobody wished it to stop. It is told of a wish, and waited for."""
+    process: subprocess.Popen[bytes] | None = None
+    wishes = 0
+
+    def hand_on(signum: int, frame: FrameType | None) -> None:
+        nonlocal wishes
+        wishes += 1
+        if process is not None:
+            process.terminate()
+
+    handlers = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        # A session of its own: Ctrl-C would reach it from the terminal too, and a second signal stops at once.
+        process = subprocess.Popen(command, start_new_session=True)
+        if wishes:
+            process.terminate()
+        code = process.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if wishes and code == 0:
+        return StoppedError.exit_code
+    return code if code >= 0 else 128 - code
 
 
 @contextmanager
