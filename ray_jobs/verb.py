@@ -108,5 +108,11 @@ def _configure_output(verbose: bool) -> None:
 
 
 def say(text: str) -> None:
-    """Tell the person at the terminal."""
-    print(text, flush=True)
+    """Tell the person at the terminal. That the terminal is gone, or the disk behind it full, must not end the work, nor hide how it ends."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python's own flush at the end would fail too, and make any exit code 120.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # ValueError: closed
+        pass

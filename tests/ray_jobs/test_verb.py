@@ -2,6 +2,8 @@ import argparse
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from ray_jobs.cli import main as sentinode
 from ray_jobs.verb import add_common_arguments, config_from, execute
 from sentinode.config import TrainConfig
 from sentinode.errors import ConfigError, SentinodeError, UsageError
+from tests.processes import ROOT
 
 
 def _arguments(*argv: str) -> argparse.Namespace:
@@ -26,6 +29,28 @@ def test_each_kind_of_error_has_its_exit_code_and_one_line(error: BaseException,
 
     assert execute(fail, _arguments()) == code
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def _say_twice_into(stdout: int) -> "subprocess.CompletedProcess[str]":
+    script = "import sys; from ray_jobs.verb import say; say('one'); say('two'); sys.exit(3)"
+    return subprocess.run([sys.executable, "-c", script], stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60, cwd=ROOT)
+
+
+def test_a_reader_that_has_gone_ends_nothing_and_hides_no_exit_code() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = _say_twice_into(writing)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (3, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_behind_the_output_stops_nobody() -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    done = _say_twice_into(full)
+    os.close(full)
+    # Python says at the end that not everything could be written; the work itself went on to its end.
+    assert "Traceback" not in done.stderr
 
 
 def test_sigterm_takes_the_road_of_ctrl_c() -> None:
