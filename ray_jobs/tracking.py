@@ -256,13 +256,14 @@ class MlflowRun:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         from mlflow import MlflowClient
+        from mlflow.entities import Param
 
         self._client = MlflowClient(tracking_uri=store_uri(config, folder))
         self.run_id = self._find_or_create(config.mlflow_experiment, folder, facts)
         run = self._client.get_run(self.run_id)
         if not run.data.params:
-            for name, value in _flat(facts.config).items():
-                self._client.log_param(self.run_id, name, value)
+            # In one request, as what a run that goes on takes for all of them must not be a part.
+            self._client.log_batch(self.run_id, params=[Param(name, value) for name, value in _flat(facts.config).items()])
         if run.info.status != "RUNNING":
             self._client.update_run(self.run_id, status="RUNNING")
         steps = [metric.step for metric in self._client.get_metric_history(self.run_id, "val_loss")]
@@ -306,8 +307,9 @@ class MlflowRun:
         self._client.log_batch(self.run_id, metrics=[Metric(name, value, now_ms, step) for name, value in numbers.items()])
 
     def end(self, status: str, result: Mapping[str, float | str]) -> None:
-        for name, value in result.items():
-            self._client.set_tag(self.run_id, f"sentinode.{name}", value)
+        from mlflow.entities import RunTag
+
+        self._client.log_batch(self.run_id, tags=[RunTag(f"sentinode.{name}", str(value)) for name, value in result.items()])
         self._client.set_terminated(self.run_id, status={"finished": "FINISHED", "stopped": "KILLED"}.get(status, "FAILED"))
 
 

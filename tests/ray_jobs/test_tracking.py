@@ -75,6 +75,10 @@ def test_how_a_run_ended_is_recorded(error: Exception, status: str, tmp_path: Pa
     assert f"status: {status}" in _texts(tmp_path)["end/text_summary"]
 
 
+def _refused(*_: object) -> None:
+    raise AssertionError("a request for each value")
+
+
 @pytest.fixture(scope="module")
 def mlflow_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
     """(run folder, current folder and home) of a run that MLflow was told of in two parts."""
@@ -84,6 +88,8 @@ def mlflow_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path,
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setenv("HOME", str(elsewhere))
         patch.chdir(elsewhere)
+        for one_by_one in ("log_param", "set_tag"):
+            patch.setattr(f"mlflow.MlflowClient.{one_by_one}", _refused)
         # As if the first process had been killed after it made the run: the note has no id.
         _follow(folder, [0, 1], ("mlflow",))
         note = folder / "mlflow_run.json"
