@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -65,10 +66,19 @@ def flaky_s3(s3_server: s3.Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 @pytest.fixture(scope="session")
 def ray_session(s3_server: s3.Server) -> Iterator[None]:
-    """A local Ray with four logical CPUs, shared by all tests that need one, started as the verbs start theirs."""
+    """A local Ray with four logical CPUs and no GPUs, whatever this machine has, shared by all tests that need one; started as verbs start theirs.
+
+    A test of what GPUs do (marked `gpu`) uses them itself, or starts a command on a Ray of its own.
+    """
+    import ray
+
     from ray_jobs.cluster import connected
 
-    with connected(2):
+    start = ray.init
+    with ExitStack() as session:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ray, "init", lambda **options: start(**options | {"num_cpus": 4, "num_gpus": 0}))
+            session.enter_context(connected(2))
         yield
 
 
