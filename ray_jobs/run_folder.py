@@ -1,7 +1,9 @@
 """The folder of a run or sweep belongs to one configuration and one data set."""
 
 import errno
+import fnmatch
 import json
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,8 @@ from sentinode.errors import SentinodeError, StorageError, UsageError
 from sentinode.storage import write_json
 
 REQUEST_FILE = "request.json"
+# What a process leaves that is killed between making a folder and writing its request (`temporary_name`).
+_UNFINISHED_REQUEST = f".{REQUEST_FILE}.*.tmp"
 # Change how a run is carried out, not what comes out: repairs, trials at a time, who is told, and how often the state is saved (training goes on
 # from a checkpoint as if there had been none). Not here: workers, cpus_per_worker, precision, compile, channels_last and eval_batch_size round
 # differently, ingest and stream_window_rows order the rows differently.
@@ -53,11 +57,16 @@ class RunRequest:
                 raise UsageError(f"{path}: damaged; use another --out") from error
             if difference:
                 raise UsageError(f"{self.folder} belongs to another run ({difference}); use another --out, or remove it")
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        elif self.folder.exists() and not (self.folder.is_dir() and all(_is_unfinished(entry) for entry in self.folder.iterdir())):
             raise UsageError(f"{self.folder} exists and is not a {self.verb} run; use another --out")
 
-    def claim(self) -> None:
+    def claim(self) -> str:
         """Make the folder, if need be, and write the request into it: from now on it belongs to this run.
+
+        Returns
+        -------
+        str
+            The folder's id, random and the same at every call, by which other machines know whether they see this folder (`is_run`).
 
         Raises
         ------
@@ -68,9 +77,32 @@ class RunRequest:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / REQUEST_FILE, self._fields())
+            run_id = _id_of(self.folder) or secrets.token_hex(16)
+            write_json(self.folder / REQUEST_FILE, {"id": run_id, **self._fields()})
         except OSError as error:
             raise unwritable(self.folder, error) from error
+        return run_id
+
+
+def is_run(folder: Path, run_id: str) -> bool:
+    """Tell whether the folder that this machine sees at `folder` is the one whose id is `run_id`."""
+    return _id_of(folder) == run_id
+
+
+def _id_of(folder: Path) -> str | None:
+    try:
+        return str(json.loads((folder / REQUEST_FILE).read_text(encoding="utf-8"))["id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def not_shared(folder: Path) -> str:
+    """Return what to say where another machine sees another folder, or none, at `folder`."""
+    return f"{folder} is not the same folder on every node; put --out on a file system that all nodes share"
+
+
+def _is_unfinished(entry: Path) -> bool:
+    return fnmatch.fnmatch(entry.name, _UNFINISHED_REQUEST)
 
 
 def unwritable(folder: Path, error: OSError) -> SentinodeError:
@@ -90,8 +122,15 @@ def _difference(stored: Mapping[str, Any], request: Mapping[str, Any]) -> str | 
     for key in ("verb", "data_fingerprint", "data_folds"):
         if stored[key] != request[key]:
             return f"{key} {stored[key]}"
-    old, new = stored["config"], request["config"]
-    for key in sorted((old.keys() | new.keys()) - _OPERATIONAL):
+    old, new = _deciding(stored["config"]), _deciding(request["config"])
+    for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             return f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
     return None
+
+
+def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys that decide what comes out; those of a sweep's `base`, which all its trials share, under names of their own."""
+    base = _deciding(config["base"]) if "base" in config else {}
+    own = {key: value for key, value in config.items() if key not in _OPERATIONAL and key != "base"}
+    return own | {f"base.{key}": value for key, value in base.items()}

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from ray_jobs.run_folder import RunRequest
-from sentinode.config import TrainConfig
+from ray_jobs.run_folder import RunRequest, is_run
+from sentinode.config import SweepConfig, TrainConfig
 from sentinode.errors import StorageError, UsageError
+from sentinode.storage import temporary_name
 
 
 def _request(folder: Path, *, fingerprint: str = "a", folds: int | None = None, verb: str = "train", **settings: object) -> RunRequest:
@@ -28,6 +29,34 @@ def test_a_free_folder_is_claimed_and_found_again(tmp_path: Path) -> None:
 def test_what_does_not_change_the_result_may_change(tmp_path: Path, settings: dict[str, object]) -> None:
     _request(tmp_path / "run").claim()
     _request(tmp_path / "run", **settings).check()  # type: ignore[arg-type]
+
+
+def _sweep(folder: Path, **base: object) -> RunRequest:
+    return RunRequest(folder, "tune", SweepConfig(space={"learning_rate": {"loguniform": [1e-4, 1e-2]}}, base=base), "a", None)
+
+
+def test_what_does_not_change_a_sweep_s_result_may_change_in_its_base_too(tmp_path: Path) -> None:
+    _sweep(tmp_path / "sweep", epochs=3).claim()
+    _sweep(tmp_path / "sweep", epochs=3, max_failures=9).check()
+    with pytest.raises(UsageError, match=r"base\.epochs was 3, now 4"):
+        _sweep(tmp_path / "sweep", epochs=4).check()
+
+
+def test_a_folder_has_one_id_for_as_long_as_it_is_there(tmp_path: Path) -> None:
+    run_id = _request(tmp_path / "run").claim()
+    assert _request(tmp_path / "run", max_failures=9).claim() == run_id
+    other = _request(tmp_path / "other").claim()
+    assert is_run(tmp_path / "run", run_id)
+    assert not is_run(tmp_path / "other", run_id)
+    assert not is_run(tmp_path / "none", other)
+
+
+def test_a_claim_that_was_killed_can_be_repeated(tmp_path: Path) -> None:
+    temporary_name(tmp_path / "request.json").write_text("{")
+    _request(tmp_path).check()
+    (tmp_path / ".thesis.tex.swp").write_text("precious")
+    with pytest.raises(UsageError, match="is not a train run"):
+        _request(tmp_path).check()
 
 
 @pytest.mark.parametrize(
