@@ -3,9 +3,9 @@
     <run>/checkpoint_000012_9f3c…/model.safetensors    weights of the network that is validated and stored
                                   state.pt             optimiser, schedule, …: the rest of the learner; read with weights_only=True
                                   rank0.pt …           random numbers of each worker
-                                  checkpoint.json      number, workers, progress, configuration; written after the two files above it
+                                  checkpoint.json      number, workers, device, progress, configuration; written last, removed first
 
-The number rises by one with each checkpoint of a run. A folder counts once `checkpoint.json` and one file for each worker are there: every file is on
+The number rises by one with each checkpoint of a run. A folder counts while all of these are there, with one file for each worker: every file is on
 the disk before it gets its name. Ray Train registers checkpoints and removes those that are neither the best nor the last; what it noted down itself
 (`checkpoint_manager_snapshot.json`) is made anew from the folders whenever a run is started, since Ray does not replace that file in one step.
 """
@@ -23,7 +23,7 @@ from typing import Any
 import ray
 import torch
 
-from ray_jobs.run_folder import REQUEST_FILE, unwritable
+from ray_jobs.run_folder import REQUEST_FILE, not_shared, unwritable
 from ray_jobs.run_inputs import Ingest
 from sentinode.config import TrainConfig
 from sentinode.errors import TrainingError, UsageError, one_line
@@ -58,6 +58,8 @@ class Saved:
         Workers that wrote it.
     ingest : str
         How rows were read: resident or stream.
+    device : str
+        What the network was trained on: cpu or cuda.
     progress : Progress
     """
 
@@ -65,6 +67,7 @@ class Saved:
     number: int
     world_size: int
     ingest: Ingest
+    device: str
     progress: Progress
 
     @classmethod
@@ -80,11 +83,12 @@ class Saved:
             about = json.loads((path / ABOUT_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        if about.get("format_version") != _FORMAT_VERSION:
+        if about.get("format_version") != _FORMAT_VERSION or "device" not in about:
             # Not for us to say whether it is whole, so it must not be cleared away either.
             raise UsageError(f"{path}: made by another version of sentinode; continue the run with that one, or use another --out")
-        saved = cls(path, about["number"], about["world_size"], about["ingest"], Progress(**about["progress"]))
-        return saved if all((path / _rank_file(rank)).exists() for rank in range(saved.world_size)) else None
+        saved = cls(path, about["number"], about["world_size"], about["ingest"], about["device"], Progress(**about["progress"]))
+        files = [WEIGHTS_FILE, STATE_FILE, *map(_rank_file, range(saved.world_size))]
+        return saved if all((path / name).exists() for name in files) else None
 
     @property
     def where(self) -> str:
@@ -158,12 +162,14 @@ def tidy(folder: Path) -> None:
         The checkpoint of the best epoch is gone.
     StorageError
         The disk is full.
+    UsageError
+        What lies there cannot be changed.
     """
     best, last = best_and_last(folder)
     kept = [saved for saved in (best, last if last is not best else None) if saved is not None]
     for path in folder.glob("checkpoint_*/"):
         if path not in [saved.path for saved in kept]:
-            remove_any(path)
+            _remove(path)
     snapshot = folder / _SNAPSHOT_FILE
     if last is None:
         snapshot.unlink(missing_ok=True)
@@ -190,10 +196,25 @@ def tidy(folder: Path) -> None:
 
 
 def remove_newer(folder: Path, number: int) -> None:
-    """Remove what an attempt that failed has written after checkpoint `number`, which the run goes on from."""
+    """Remove what an attempt that failed has written after checkpoint `number`, which the run goes on from.
+
+    Raises
+    ------
+    UsageError
+        It cannot be removed.
+    """
     for path in folder.glob("checkpoint_*/"):
         if not path.name.split("_")[1].isdigit() or int(path.name.split("_")[1]) > number:
-            remove_any(path)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint so that it no longer counts from the first moment on: killed in the middle, it must not be taken for the newest one."""
+    try:
+        (path / ABOUT_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    remove_any(path)
 
 
 def lacking_room(folder: Path, learner: Learner) -> str | None:
@@ -248,7 +269,8 @@ class CheckpointWriter:
         if self._error is not None:
             raise self._error
         self._number += 1
-        copy = _Copy.of(learner, self._rank, {"format_version": _FORMAT_VERSION, "number": self._number, **self._about, "progress": asdict(progress)})
+        now = {"number": self._number, "device": learner.device.type, "progress": asdict(progress)}
+        copy = _Copy.of(learner, self._rank, {"format_version": _FORMAT_VERSION, **self._about, **now})
         self._written.clear()
         ray.train.report(
             metrics_of(progress, self._number),
@@ -312,8 +334,9 @@ class _Copy:
         """
         from safetensors.torch import save
 
+        # Looked at when training began; what was mounted there may have gone since.
         if not (run / REQUEST_FILE).exists():
-            raise CheckpointError(f"{run} is not the same folder on every node; put --out on a file system that all nodes share")
+            raise CheckpointError(not_shared(run))
         written: list[Path] = []
         try:
             folder.mkdir(exist_ok=True)

@@ -54,8 +54,8 @@ def _lay_down(run: Path, number: int, progress: Progress, *, world_size: int = 2
     torch.save({}, folder / STATE_FILE)
     for rank in range(world_size):
         torch.save({}, folder / f"rank{rank}.pt")
-    about = {"format_version": 1, "number": number, "world_size": world_size, "ingest": "resident", "config": {}, "progress": asdict(progress)}
-    (folder / ABOUT_FILE).write_text(json.dumps(about))
+    about = {"format_version": 1, "number": number, "world_size": world_size, "ingest": "resident", "device": "cpu", "config": {}}
+    (folder / ABOUT_FILE).write_text(json.dumps(about | {"progress": asdict(progress)}))
     return folder
 
 
@@ -92,7 +92,11 @@ def _cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda path: (path / ABOUT_FILE).unlink(), lambda path: (path / "rank1.pt").unlink(), lambda path: _cut(path / ABOUT_FILE)]
+    "damage",
+    [
+        *(lambda path, name=name: (path / name).unlink() for name in (ABOUT_FILE, WEIGHTS_FILE, STATE_FILE, "rank0.pt", "rank1.pt")),
+        lambda path: _cut(path / ABOUT_FILE),
+    ],
 )
 def test_a_checkpoint_that_is_not_whole_is_never_gone_on_from(damage: Callable[[Path], None], tmp_path: Path) -> None:
     whole = _lay_down(tmp_path, 1, _progress(0.9))
@@ -105,10 +109,12 @@ def test_a_checkpoint_that_is_not_whole_is_never_gone_on_from(damage: Callable[[
     assert _what_ray_reads(tmp_path) == ([whole], whole)
 
 
-def test_a_checkpoint_of_another_version_is_neither_read_nor_cleared_away(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ours", "other"), [('"format_version": 1', '"format_version": 2'), ('"device": "cpu", ', "")])
+def test_a_checkpoint_of_another_version_is_neither_read_nor_cleared_away(ours: str, other: str, tmp_path: Path) -> None:
     path = _lay_down(tmp_path, 1, _progress(0.9))
     about = path / ABOUT_FILE
-    about.write_text(about.read_text().replace('"format_version": 1', '"format_version": 2'))
+    assert ours in about.read_text()
+    about.write_text(about.read_text().replace(ours, other))
     with pytest.raises(UsageError, match="made by another version"):
         tidy(tmp_path)
     assert about.exists()
@@ -149,6 +155,41 @@ def test_what_a_failed_attempt_wrote_after_the_checkpoint_gone_on_from_is_remove
     (tmp_path / "checkpoint_000004_torn").mkdir()
     remove_newer(tmp_path, 2)
     assert sorted(tmp_path.glob("checkpoint_*")) == kept
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("remove", [lambda run: remove_newer(run, 2), tidy])
+def test_a_checkpoint_whose_removal_was_killed_no_longer_counts(
+    remove: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Neither the best nor the newest one once the run has gone on from number 2.
+    kept, removed = _lay_down(tmp_path, 2, _progress(0.9)), _lay_down(tmp_path, 3, _progress(0.9, 0.5))
+    if remove is tidy:
+        kept = _lay_down(tmp_path, 4, _progress(0.9, 0.5, 0.4))
+
+    def killed(path: Path) -> None:
+        raise _Killed
+
+    monkeypatch.setattr(checkpoints, "remove_any", killed)
+    with pytest.raises(_Killed):
+        remove(tmp_path)
+    assert any(path.name != ABOUT_FILE for path in removed.iterdir())
+    assert kept in [saved.path for saved in saved_checkpoints(tmp_path)]
+    assert len(saved_checkpoints(tmp_path)) < len(list(tmp_path.glob("checkpoint_*/")))
+
+
+def test_a_checkpoint_that_cannot_be_taken_away_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _lay_down(tmp_path, 1, _progress(0.9))
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    with pytest.raises(UsageError, match=r"checkpoint_000001_\w+: cannot be written \(Permission denied\)"):
+        remove_newer(tmp_path, 0)
 
 
 def test_the_last_good_checkpoint_has_finite_weights(tmp_path: Path) -> None:
@@ -251,7 +292,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(r
     slow_disk.set()
     fake_ray.wait()
     (saved,) = saved_checkpoints(run_folder)
-    assert (saved.number, saved.world_size, saved.ingest, saved.progress) == (7, 1, "resident", _progress(0.9))
+    assert (saved.number, saved.world_size, saved.ingest, saved.device, saved.progress) == (7, 1, "resident", "cpu", _progress(0.9))
     assert _equal(saved.weights(), then)
     assert not _equal(_weights(learner), then)
 
