@@ -9,6 +9,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 import ray
 
+from ray_jobs.verb import say
 from sentinode.errors import CapacityError, UsageError
 
 _LOCALHOST = "127.0.0.1"
@@ -23,6 +25,8 @@ _CONNECT_TIMEOUT_S = 10
 _START_TIMEOUT_S = 60
 # A cloud node takes minutes to boot and pull its image; Ray Train's own 60 s would give up on every cold start.
 _AUTOSCALED_START_TIMEOUT_S = 900
+# How long a task may wait for its resources before the terminal says so.
+_SILENT_WAIT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -230,3 +234,37 @@ def _must_grow(need: Need) -> bool:
     """Tell whether nodes must be added before `need` can be met."""
     now = ray.cluster_resources()
     return bool(need.cpus > now.get("CPU", 0.0) or need.gpus > now.get("GPU", 0.0))
+
+
+@contextmanager
+def reserved(cpus: float, gpus: float, purpose: str) -> Iterator[Any]:
+    """Yield a scheduling strategy for one task with these resources, which are its own inside the block.
+
+    Waits for them, and says so where that takes long: a task that cannot be scheduled yet looks to its caller like one that runs.
+
+    Parameters
+    ----------
+    cpus, gpus : float
+    purpose : str
+        What for, after "waiting for 1 CPU to", e.g. "read the data set".
+    """
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    group = placement_group([{"CPU": cpus} | ({"GPU": gpus} if gpus else {})])
+    try:
+        tells_at: float | None = time.monotonic() + _SILENT_WAIT_S
+        # In short waits, between which Ctrl-C is heard.
+        while not group.wait(1):
+            if tells_at is not None and time.monotonic() >= tells_at:
+                say(f"waiting for {resources_text(cpus, gpus)} to {purpose}; the cluster's are taken")
+                tells_at = None
+        yield PlacementGroupSchedulingStrategy(group)
+    finally:
+        remove_placement_group(group)
+
+
+def resources_text(cpus: float, gpus: float) -> str:
+    """Return resources in words: "1 GPU and 2 CPUs"."""
+    kinds = [f"{amount:g} {kind}{'' if amount == 1 else 's'}" for amount, kind in ((gpus, "GPU"), (cpus, "CPU")) if amount]
+    return " and ".join(kinds)

@@ -60,7 +60,7 @@ def evaluate(config: EvaluateConfig, bundle: str | Path, data: str | Path, out: 
     if target.exists() and not (target / "report.json").exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists and is not a report; use another --out")
     rows_in_split = dataset.manifest.counts[config.split].rows
-    with exclusive(target), connected(config.workers, verbose=verbose):
+    with exclusive(target), connected(config.workers * config.cpus_per_worker, verbose=verbose):
         work = partial(_classify_shard, dataset, config)
         table = run_units(model.path, len(shards), work, config, "evaluate", lambda done, _: say(f"{done}/{rows_in_split} patches"))
         _check_rows(table, dataset, config.split)

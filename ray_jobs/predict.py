@@ -84,7 +84,7 @@ def predict(config: PredictConfig, bundle: str | Path, source: str | Path, out: 
         paths = find_images(where.local)
         units, total = -(-len(paths) // _FILES_PER_PART), len(paths)
         work = partial(_predict_files, paths, config.batch_size, staging)
-    with exclusive(target), connected(config.workers, verbose=verbose):
+    with exclusive(target), connected(config.workers * config.cpus_per_worker, verbose=verbose):
         if target.exists():  # another process may have finished it since
             raise UsageError(f"{target} exists; remove it or use another --out")
         shutil.rmtree(staging, ignore_errors=True)
