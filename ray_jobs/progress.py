@@ -29,9 +29,13 @@ class ProgressLog:
         return self._records[start:]
 
     def request_stop(self) -> bool:
-        """Let `stop_requested` return; tell whether anybody has called it."""
+        """Let `stop_requested` return; tell whether any worker that still trains has called it."""
         self._stop.set()
         return self._heard
+
+    def workers_ended(self) -> None:
+        """Note that nobody listens any more, until workers that start anew do."""
+        self._heard = False
 
     async def stop_requested(self) -> bool:
         """Return, True, once a stop is requested."""

@@ -53,6 +53,58 @@ def test_epochs_are_told_and_checkpoints_within_one_are_not() -> None:
     assert log.records == [{"kind": "epoch", "epoch": 0, "val_loss": 0.5}]
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stands for the callback's `time`; sleeping makes it later."""
+    now = SimpleNamespace(seconds=100.0)
+    now.monotonic = lambda: now.seconds
+    now.sleep = lambda seconds: setattr(now, "seconds", now.seconds + seconds)
+    monkeypatch.setattr("ray_jobs.train_callback.time", now)
+    return now
+
+
+def test_waiting_for_room_is_told_once_and_by_then_nobody_is_left_who_hears_a_wish(clock: SimpleNamespace) -> None:
+    from ray.train import WorkerGroupError
+    from ray.train.v2._internal.execution.controller.state import RestartingState, RunningState, SchedulingState
+
+    from ray_jobs.train_callback import TellOfWaiting
+
+    log = _Log()
+    ended = []
+    log.workers_ended = SimpleNamespace(remote=lambda: ended.append(clock.seconds))
+    callback = TellOfWaiting(log, "2 workers with 1 CPU each")
+    running, failed, found = RunningState(), RestartingState(WorkerGroupError("gone", {})), SchedulingState(SimpleNamespace())
+    clock.seconds += 5000
+    for before, now in ((found, running), (running, RunningState()), (running, failed), (failed, failed), (failed, found), (found, running)):
+        callback.after_controller_state_update(before, now)
+    assert ended == [5100.0]
+    assert log.records == []
+    callback.after_controller_state_update(running, failed)
+    for _ in range(100):
+        callback.after_controller_state_update(failed, failed)
+    assert log.records == [{"kind": "note", "text": "waiting for room: 2 workers with 1 CPU each"}]
+    # It does not ask without a pause.
+    assert clock.seconds > 5140
+    callback.after_controller_state_update(failed, running)
+    callback.after_controller_state_update(running, failed)
+    assert len(ended) == 3
+    clock.seconds += 60
+    callback.after_controller_state_update(failed, failed)
+    assert len(log.records) == 2
+
+
+def test_waiting_for_room_to_begin_is_told_too(clock: SimpleNamespace) -> None:
+    from ray.train.v2._internal.execution.controller.state import InitializingState
+
+    from ray_jobs.train_callback import TellOfWaiting
+
+    log = _Log()
+    callback, state = TellOfWaiting(log, "1 worker with 1 GPU and 2 CPUs each"), InitializingState()
+    for _ in range(100):
+        callback.after_controller_state_update(state, state)
+    assert [record["text"] for record in log.records] == ["waiting for room: 1 worker with 1 GPU and 2 CPUs each"]
+
+
 @pytest.mark.parametrize(("failures", "told"), [(1, ["1 of 2"]), (3, ["1 of 2", "2 of 2"])])
 def test_failures_are_told_as_long_as_they_are_repaired(failures: int, told: list[str]) -> None:
     from ray_jobs.train_callback import TellDriver
