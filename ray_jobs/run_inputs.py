@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import ray
 
+from ray_jobs.cluster import reserved
 from ray_jobs.failures import task_error
 from sentinode.config import TrainConfig
-from sentinode.dataset import Patches, PreparedDataset
+from sentinode.dataset import IntArray, Patches, PreparedDataset, labels_of
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +66,7 @@ def load_rows(dataset: PreparedDataset, config: TrainConfig, ingest: Ingest | No
     Raises
     ------
     SentinodeError
-        The data set cannot be read, or lacks the split or fold.
+        The data set cannot be read, or lacks the split, the fold, or a class in the rows to train or to validate on.
     """
     from sentinode.ingest import pixel_bytes, resolve_ingest
 
@@ -73,31 +74,43 @@ def load_rows(dataset: PreparedDataset, config: TrainConfig, ingest: Ingest | No
         ingest = resolve_ingest(config.ingest, pixel_bytes(dataset), _shared_memory_bytes())
     one_set = config.calibration_fraction == 0
     names = [*(["train"] if ingest == "resident" else []), "val", *([] if one_set else ["calibration"])]
-    refs = _load_rows.options(num_returns=len(names)).remote(dataset, config.fold, config.calibration_fraction, config.seed, ingest == "stream")
-    loaded = dict(zip(names, refs if len(names) > 1 else [refs], strict=True))
-    try:
-        # Fails where the task failed; only the small split travels to the driver.
-        ray.get(loaded[names[-1]])
-    except ray.exceptions.RayError as error:
-        raise task_error(error, "reading the data set") from error
+    with reserved(1, 0, "read the data set") as place:
+        task = _load_rows.options(num_returns=len(names), scheduling_strategy=place)
+        refs = task.remote(dataset, config, ingest == "stream")
+        loaded = dict(zip(names, refs if len(names) > 1 else [refs], strict=True))
+        try:
+            # Fails where the task failed; only the small split travels to the driver.
+            ray.get(loaded[names[-1]])
+        except ray.exceptions.RayError as error:
+            raise task_error(error, "reading the data set") from error
     return LoadedRows(dataset, loaded.get("train"), loaded["val"], loaded.get("calibration", loaded["val"]))
 
 
 @ray.remote(num_cpus=1)
-def _load_rows(dataset: PreparedDataset, fold: int | None, calibration_fraction: float, seed: int, stream: bool) -> Any:
+def _load_rows(dataset: PreparedDataset, config: TrainConfig, stream: bool) -> Any:
     if stream:
-        train, val = [], dataset.read_val(fold)
+        train, val = [], dataset.read_val(config.fold)
+        labels = _labels_to_train_on(dataset, config.fold)
     else:
-        rows, val = dataset.read_train_and_val(fold)
-        train = [rows]
+        rows, val = dataset.read_train_and_val(config.fold)
+        train, labels = [rows], rows.labels
     result: list[Patches] = [*train, val]
-    # A class that is absent is told now, not after hours of training; the import takes seconds, which nobody else needs to wait.
-    if calibration_fraction > 0 or len(np.unique(val.labels)) < 2:
+    # A class that is absent is told now, not after hours of training; the imports take seconds, which nobody else needs to wait.
+    if len(np.unique(labels)) < 2:
+        from sentinode.training import class_weight
+
+        class_weight(labels, config)
+    if config.calibration_fraction > 0 or len(np.unique(val.labels)) < 2:
         from sentinode.finishing import split_calibration
 
-        choosing, calibrating = split_calibration(val, calibration_fraction, seed)
+        choosing, calibrating = split_calibration(val, config.calibration_fraction, config.seed)
         result = [*train, choosing, calibrating]
     return result if len(result) > 1 else result[0]
+
+
+def _labels_to_train_on(dataset: PreparedDataset, fold: int | None) -> IntArray:
+    shards, validates = dataset.train_and_val_rows(fold)
+    return labels_of(dataset.index_of(shards, ["label"])["label"], dataset.root / "index.parquet")[~validates]
 
 
 def _shared_memory_bytes() -> int:
@@ -114,9 +127,11 @@ class Loop:
     config : TrainConfig
     folder : Path
         The run's, the same for every worker.
+    run_id : str
+        By which a worker knows that it sees that folder (`run_folder.is_run`).
     rows : LoadedRows
-    initial : ObjectRef of dict of str to tensor
-        Weights to start from.
+    initial : ObjectRef of dict of str to tensor, or None
+        Weights to start from; None for a run that goes on.
     log : ActorHandle or None
         A ProgressLog.
     checkpoint_interval_s : float or None
@@ -125,6 +140,7 @@ class Loop:
 
     config: TrainConfig
     folder: Path
+    run_id: str
     rows: LoadedRows
     initial: Any
     log: Any = None

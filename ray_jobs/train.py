@@ -7,7 +7,6 @@ Ends with <out>/bundle. Stopped in any way, the same command continues from the 
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +16,15 @@ from typing import Any
 import ray
 import torch
 
-from ray_jobs.checkpoints import best_and_last, last_good, tidy
-from ray_jobs.cluster import Need, check_capacity, connected, signal_handlers_kept, wants_gpus
+from ray_jobs.checkpoints import Saved, best_and_last, last_good
+from ray_jobs.cluster import Need, check_capacity, connected, reserved, signal_handlers_kept, wants_gpus
 from ray_jobs.failures import task_error, training_error
 from ray_jobs.progress import following
-from ray_jobs.run_folder import RunRequest, open_finished_bundle
-from ray_jobs.run_inputs import LoadedRows, Loop, load_rows
+from ray_jobs.run_folder import RunRequest, is_run, not_shared, open_finished_bundle
+from ray_jobs.run_inputs import LoadedRows, load_rows
 from ray_jobs.stopping import StopOnSignal
 from ray_jobs.tracking import RunFacts, Tracking, check_trackers, tracking
-from ray_jobs.train_loop import train_loop_per_worker
+from ray_jobs.trainer import checkpoint_interval_s, make_trainer, room_text
 from ray_jobs.verb import add_common_arguments, config_from, main_of, say
 from sentinode.bundle import Bundle
 from sentinode.config import TrainConfig
@@ -36,13 +35,6 @@ from sentinode.model import initial_state
 from sentinode.storage import exclusive, local_path
 from sentinode.training import Progress
 from sentinode.versions import git_commit, library_versions
-
-# Worker groups that could not be started before a run gives up: enough for a node that dies while starting, not for ever.
-_START_FAILURES = 3
-# How often Ray Train's controller looks after the workers; its own 2 s delay what is told of an epoch, and every repair.
-_POLL_S = 0.5
-# How often an elastic run looks whether the cluster has room for more workers; each change starts them all anew.
-_RESIZE_CHECK_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -76,9 +68,10 @@ def train(config: TrainConfig, data: str | Path, out: str | Path, *, verbose: bo
     Raises
     ------
     UsageError
-        `data` is not a prepared data set, `out` belongs to another run, the weights cannot be had, or a tracker needs its extra.
+        `data` is not a prepared data set, `out` belongs to another run or is not the same folder on every node, the weights cannot be had, the
+        configuration needs GPUs that are not there, or a tracker needs its extra.
     CapacityError
-        The cluster has too few CPUs or GPUs.
+        The cluster has too few CPUs or GPUs, or no GPUs for a run that was begun on them.
     TrainingError
         Workers failed more than `max_failures` times, a loss was not finite, or the disk is full.
     StoppedError
@@ -93,28 +86,62 @@ def train(config: TrainConfig, data: str | Path, out: str | Path, *, verbose: bo
         finished = open_finished_bundle(folder)
         if finished is not None:
             return TrainResult(finished, [], already_complete=True)
-        # Weights that cannot be had are wrong use, found here in a second.
-        initial = initial_weights(config)
+        _, last = best_and_last(folder)
+        # Weights that cannot be had are wrong use, found here in a second. A run that goes on has its own.
+        initial = initial_weights(config) if last is None else None
         if config.weights == "none" and config.max_depth < 5:
             say(f"warning: weights none with unfreeze_depth {config.max_depth}: the frozen stages stay random")
-        with connected(config.max_workers, verbose=verbose):
-            use_gpu = wants_gpus(config.use_gpu, config.min_workers)
-            check_capacity(Need(config.min_workers, config.cpus_per_worker, int(use_gpu)), "train")
-            request.claim()
-            _, last = best_and_last(folder)
+        with connected(config.max_workers * config.cpus_per_worker, verbose=verbose):
+            use_gpu = resolve_gpus(config, config.min_workers, last, "train")
             rows = load_rows(dataset, config, last.ingest if last else None)
+            # Not before: what is wrong with the data or the cluster must not leave a folder that then refuses the command put right.
+            run_id = request.claim()
             with tracking(config, folder, _facts(folder, config, dataset)) as trackers:
                 _record(trackers, last.progress if last else None)
                 if last is None or not (last.progress.history and last.progress.is_over(config)):
-                    _fit(config, folder, rows, ray.put(initial), use_gpu=use_gpu, trackers=trackers)
+                    _fit(config, folder, run_id, rows, initial, use_gpu=use_gpu, trackers=trackers)
                 best = best_checkpoint(folder)
                 if best is None:
                     raise TrainingError(f"{folder}: the run left no checkpoint")
                 weights, progress = best
                 _record(trackers, progress)
-                bundle = finish(weights, rows, config, dataset, folder / "bundle", name=folder.name, use_gpu=use_gpu)
+                bundle = finish(weights, rows, config, dataset, folder / "bundle", run_id, name=folder.name, use_gpu=use_gpu)
                 trackers.end("finished", _result(bundle))
     return TrainResult(bundle, progress.history, already_complete=False)
+
+
+def resolve_gpus(config: TrainConfig, workers: int, last: Saved | None, verb: str) -> bool:
+    """Return whether workers get a GPU each, once it is certain that `workers` of them fit the cluster.
+
+    A run goes on where its checkpoint `last` was made, whatever `use_gpu: auto` would find now: with another arithmetic, what comes out would be
+    neither device's.
+
+    Raises
+    ------
+    CapacityError
+        They do not fit.
+    UsageError
+        The configuration needs GPUs, and `use_gpu: auto` found too few.
+    """
+    use_gpu = wants_gpus(config.use_gpu, workers) if last is None else last.device == "cuda"
+    begun = ", begun on GPUs," if use_gpu and last is not None else ""
+    check_capacity(Need(workers, config.cpus_per_worker, int(use_gpu)), verb + begun)
+    check_device(config, use_gpu=use_gpu)
+    return use_gpu
+
+
+def check_device(config: TrainConfig, *, use_gpu: bool) -> None:
+    """Refuse what only GPUs can do, where there are none.
+
+    Raises
+    ------
+    UsageError
+        The configuration needs GPUs.
+    """
+    if not use_gpu and config.precision == "fp16":
+        raise UsageError("precision fp16 needs GPUs, of which use_gpu auto found too few: set precision bf16 or fp32")
+    if not use_gpu and config.sync_batch_norm:
+        raise UsageError("sync_batch_norm needs GPUs, of which use_gpu auto found too few: torch has it for CUDA only")
 
 
 def initial_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
@@ -147,70 +174,32 @@ def _result(bundle: Bundle) -> dict[str, float | str]:
     return {"bundle_digest": manifest.digest, "bundle_threshold": manifest.threshold, **numbers}
 
 
-def make_trainer(
-    config: TrainConfig,
-    folder: Path,
-    rows: LoadedRows,
-    initial: Any,
-    *,
-    use_gpu: bool,
-    log: Any = None,
-    checkpoint_interval_s: float | None = None,
-    callbacks: Sequence[Any] = (),
-) -> Any:
-    """Return a TorchTrainer whose run lies in `folder`; `.fit()` resumes a run that lies there already.
-
-    `initial` is a reference to `initial_weights`, `log` a ProgressLog actor or None; `callbacks` are Ray Train's.
-    """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    tidy(folder)
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_POLL_S))
-    resources = {"CPU": config.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
-    return TorchTrainer(
-        train_loop_per_worker,
-        train_loop_config={"loop": Loop(config, folder, rows, initial, log, checkpoint_interval_s)},
-        scaling_config=ScalingConfig(
-            num_workers=config.workers, use_gpu=use_gpu, resources_per_worker=resources, elastic_resize_monitor_interval_s=_RESIZE_CHECK_S
-        ),
-        run_config=RunConfig(
-            name=folder.name,
-            storage_path=str(folder.parent),
-            failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=_START_FAILURES),
-            # One best is kept, and Ray Train never deletes the last.
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=1,
-                checkpoint_score_attribute="improvement",
-                checkpoint_score_order="max",
-            ),
-            callbacks=list(callbacks),
-        ),
-    )
-
-
-def _fit(config: TrainConfig, folder: Path, rows: LoadedRows, initial: Any, *, use_gpu: bool, trackers: Tracking) -> None:
+def _fit(
+    config: TrainConfig, folder: Path, run_id: str, rows: LoadedRows, initial: dict[str, torch.Tensor] | None, *, use_gpu: bool, trackers: Tracking
+) -> None:
     from ray.train import TrainingFailedError
 
-    from ray_jobs.train_callback import TellDriver
+    from ray_jobs.train_callback import TellDriver, TellOfWaiting
 
     def show(record: dict[str, Any]) -> None:
         if record["kind"] == "note":
             say(record["text"])
             return
-        say(describe_epoch(record, config))
+        # First: what becomes of the terminal is not the trackers' concern.
         trackers.add(record)
+        say(describe_epoch(record, config))
 
     with following(show) as log:
         trainer = make_trainer(
             config,
             folder,
+            run_id,
             rows,
-            initial,
+            ray.put(initial) if initial is not None else None,
             use_gpu=use_gpu,
             log=log,
-            checkpoint_interval_s=config.checkpoint_interval_s,
-            callbacks=[TellDriver(log, config.max_failures)],
+            checkpoint_interval_s=checkpoint_interval_s(config),
+            callbacks=[TellDriver(log, config.max_failures), TellOfWaiting(log, room_text(config, use_gpu=use_gpu))],
         )
         stop = StopOnSignal(log)
         trainer._register_sigint_handler = stop.install
@@ -255,21 +244,42 @@ def best_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], Progress] | 
 
 
 def finish(
-    weights: dict[str, torch.Tensor], rows: LoadedRows, config: TrainConfig, dataset: PreparedDataset, out: Path, *, name: str, use_gpu: bool
+    weights: dict[str, torch.Tensor],
+    rows: LoadedRows,
+    config: TrainConfig,
+    dataset: PreparedDataset,
+    out: Path,
+    run_id: str,
+    *,
+    name: str,
+    use_gpu: bool,
 ) -> Bundle:
-    """Calibrate, choose the threshold and write the bundle, in a task with the resources of one worker."""
-    task = _finish.options(num_cpus=config.cpus_per_worker, num_gpus=int(use_gpu))
-    try:
-        bundle: Bundle = ray.get(task.remote(weights, rows.calibration, config, dataset, out, name, "cuda" if use_gpu else "cpu"))
-    except ray.exceptions.RayError as error:
-        raise task_error(error, "making the bundle") from error
+    """Calibrate, choose the threshold and write the bundle, in a task with the resources of one worker.
+
+    `out` lies in the folder whose request has the id `run_id`.
+    """
+    with reserved(config.cpus_per_worker, int(use_gpu), "make the bundle") as place:
+        task = _finish.options(num_cpus=config.cpus_per_worker, num_gpus=int(use_gpu), scheduling_strategy=place)
+        try:
+            bundle: Bundle = ray.get(task.remote(weights, rows.calibration, config, dataset, out, run_id, name, "cuda" if use_gpu else "cpu"))
+        except ray.exceptions.RayError as error:
+            raise task_error(error, "making the bundle") from error
     return bundle
 
 
 @ray.remote
 def _finish(
-    weights: dict[str, torch.Tensor], calibration: Patches, config: TrainConfig, dataset: PreparedDataset, out: Path, name: str, device: str
+    weights: dict[str, torch.Tensor],
+    calibration: Patches,
+    config: TrainConfig,
+    dataset: PreparedDataset,
+    out: Path,
+    run_id: str,
+    name: str,
+    device: str,
 ) -> Bundle:
+    if not is_run(out.parent, run_id):
+        raise UsageError(not_shared(out.parent))
     torch.set_num_threads(config.cpus_per_worker)
     return finish_bundle(weights, calibration, config, dataset.manifest, out, name=name, device=device)
 

@@ -1,14 +1,16 @@
 """What each worker of a run does: join the group, go on from the last checkpoint, train, checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ray_jobs.checkpoints import CheckpointError, CheckpointWriter, Saved, lacking_room, remove_newer, restore
+from ray_jobs.run_folder import is_run, not_shared
 from ray_jobs.run_inputs import Loop
 from ray_jobs.stopping import Wishes
-from sentinode.errors import TrainingError, UsageError
+from sentinode.errors import ManifestError, TrainingError, UsageError
 from sentinode.learner import Learner
 from sentinode.model import build_model
 from sentinode.training import Group, Hooks, Interrupted, Progress, train_epochs
@@ -31,14 +33,18 @@ def train_loop_per_worker(given: dict[str, Loop]) -> dict[str, str] | None:
     config = loop.config
     context = ray.train.get_context()
     group = Group(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    # Before anything there is touched: on a node of its own the path may belong to another run, which must not lose its checkpoints.
+    if not all(group.gather(torch.tensor(int(is_run(loop.folder, loop.run_id))))):
+        return {"usage": not_shared(loop.folder)}
     set_up_worker(config.cpus_per_worker, group.device)
     # Dropout: every worker draws of its own.
     torch.manual_seed(int(np.random.SeedSequence([config.seed, group.rank]).generate_state(1)[0]))
 
-    model = build_model(config.arch, weights="none", input_size_px=config.input_size_px)
-    model.load_state_dict(ray.get(loop.initial))
-    learner = Learner(model, config, device=group.device, world_size=group.world_size)
     saved = _last_saved()
+    model = build_model(config.arch, weights="none", input_size_px=config.input_size_px)
+    if saved is None:
+        model.load_state_dict(ray.get(loop.initial))
+    learner = Learner(model, config, device=group.device, world_size=group.world_size)
     if saved is not None:
         restore(learner, saved, group.rank)
     progress = saved.progress if saved is not None else Progress()
@@ -63,17 +69,31 @@ def train_loop_per_worker(given: dict[str, Loop]) -> dict[str, str] | None:
 
     source = loop.rows.source(config, group.device)
     try:
-        train_epochs(learner, source, ray.get(loop.rows.val), config, progress, Hooks(checkpoint, wishes, checkpoint), group)
-    except CheckpointError:
-        raise  # of this worker alone: all start again
+        hooks = Hooks(checkpoint, wishes, checkpoint)
+        return ended(lambda: train_epochs(learner, source, ray.get(loop.rows.val), config, progress, hooks, group))
+    finally:
+        source.close()
+
+
+def ended(training: Callable[[], None]) -> dict[str, str] | None:
+    """Train, and return what all workers raise at the same place, as `train_loop_per_worker` does.
+
+    Raises
+    ------
+    CheckpointError, ManifestError, StorageError
+        What one worker meets alone, writing a checkpoint or reading rows. It must fail, since the others wait for it: were it to end in order, they
+        would do so for as long as torch.distributed does.
+    """
+    try:
+        training()
+    except (CheckpointError, ManifestError):
+        raise
     except Interrupted as error:
         return {"stopped": str(error)}
     except TrainingError as error:
         return {"failed": str(error)}
     except UsageError as error:
         return {"usage": str(error)}
-    finally:
-        source.close()
     return None
 
 

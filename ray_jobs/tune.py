@@ -20,11 +20,13 @@ from typing import Any
 import ray
 import yaml
 
-from ray_jobs.cluster import Need, capacity, check_capacity, connected, signal_handlers_kept, wants_gpus
-from ray_jobs.run_folder import REQUEST_FILE, RunRequest, open_finished_bundle
+from ray_jobs.checkpoints import saved_checkpoints
+from ray_jobs.cluster import capacity, connected, signal_handlers_kept
+from ray_jobs.run_folder import REQUEST_FILE, RunRequest, is_run, not_shared, open_finished_bundle
 from ray_jobs.run_inputs import LoadedRows, load_rows
 from ray_jobs.sweep_report import TrialSummary, describe_point, rank, render, trials_table
-from ray_jobs.train import best_checkpoint, finish, initial_weights, make_trainer
+from ray_jobs.train import best_checkpoint, check_device, finish, initial_weights, resolve_gpus
+from ray_jobs.trainer import make_trainer
 from ray_jobs.verb import add_common_arguments, config_from, main_of, say
 from sentinode.bundle import Bundle
 from sentinode.config import AshaConfig, Choice, Domain, Grid, LogUniform, RandInt, SweepConfig, TrainConfig, Uniform
@@ -72,23 +74,23 @@ def tune(config: SweepConfig, data: str | Path, out: str | Path, *, verbose: boo
     """
     dataset, folder = PreparedDataset.open(data), local_path(out)
     base = config.train_config({})
-    if "weights" not in config.space and base.weights != "none":
-        initial_weights(base)
-    elif base.weights == "none" and _smallest_depth(config, base) < 5:
-        say("warning: weights none with unfreeze_depth below 5 in the space: the frozen stages of those trials stay random")
     with exclusive(folder):
         request = RunRequest(folder, "tune", config, dataset.manifest.fingerprint, dataset.manifest.split.folds)
         request.check()
         finished = open_finished_bundle(folder)
         if finished is not None:
             return TuneResult(finished, [], already_complete=True)
+        if "weights" not in config.space and base.weights != "none":
+            initial_weights(base)
+        elif base.weights == "none" and _smallest_depth(config, base) < 5:
+            say("warning: weights none with unfreeze_depth below 5 in the space: the frozen stages of those trials stay random")
         concurrent = config.max_concurrent_trials or 1
         with connected(concurrent * config.workers_per_trial * base.cpus_per_worker, verbose=verbose):
-            use_gpu = wants_gpus(base.use_gpu, config.workers_per_trial)
-            check_capacity(Need(config.workers_per_trial, base.cpus_per_worker, int(use_gpu)), "tune (one trial)")
-            request.claim()
+            begun = [saved[-1] for trial in (folder / "trials").glob("*/") if (saved := saved_checkpoints(trial))]
+            use_gpu = resolve_gpus(base, config.workers_per_trial, begun[0] if begun else None, "tune (one trial)")
             rows = load_rows(dataset, base)
-            trials = rank(_search(config, base, dataset, folder, rows, use_gpu=use_gpu), config.metric)
+            run_id = request.claim()
+            trials = rank(_search(config, base, dataset, folder, run_id, rows, use_gpu=use_gpu), config.metric)
             best = trials[0]
             if best.value is None:
                 raise TrainingError(f"every trial failed; the first: {best.error or 'no epoch was finished'} (see {folder / 'trials'})")
@@ -102,7 +104,7 @@ def tune(config: SweepConfig, data: str | Path, out: str | Path, *, verbose: boo
             # Last: a sweep with a bundle is complete.
             same_rows = _key(best_config, _ROW_FIELDS) == _key(base, _ROW_FIELDS)
             best_rows = rows if same_rows else load_rows(dataset, best_config)
-            bundle = finish(kept[0], best_rows, best_config, dataset, folder / "bundle", name=folder.name, use_gpu=use_gpu)
+            bundle = finish(kept[0], best_rows, best_config, dataset, folder / "bundle", run_id, name=folder.name, use_gpu=use_gpu)
     return TuneResult(bundle, trials, already_complete=False)
 
 
@@ -128,7 +130,9 @@ def _concurrency(config: SweepConfig, base: TrainConfig, use_gpu: bool) -> int:
     return max(1, min(room, config.max_concurrent_trials or room))
 
 
-def _search(config: SweepConfig, base: TrainConfig, dataset: PreparedDataset, folder: Path, rows: LoadedRows, *, use_gpu: bool) -> list[TrialSummary]:
+def _search(
+    config: SweepConfig, base: TrainConfig, dataset: PreparedDataset, folder: Path, run_id: str, rows: LoadedRows, *, use_gpu: bool
+) -> list[TrialSummary]:
     """Run or resume the trials and return what became of each."""
     # Tune's own loggers and its box of settings: trials.csv, the report and SweepProgress say the same to people.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -142,7 +146,7 @@ def _search(config: SweepConfig, base: TrainConfig, dataset: PreparedDataset, fo
     trials_folder = folder / "trials"
     trials_folder.mkdir(exist_ok=True)
     # Parameters go through Ray's object store once, not into every trial.
-    shared = Shared(base, rows, None if "weights" in config.space else ray.put(initial_weights(base)))
+    shared = Shared(run_id, base, rows, None if "weights" in config.space else ray.put(initial_weights(base)))
     trainable = ray_tune.with_resources(
         ray_tune.with_parameters(run_trial, sweep=config, dataset=dataset, trials_folder=trials_folder, shared=shared, use_gpu=use_gpu),
         {"CPU": _DRIVER_CPUS},
@@ -222,6 +226,8 @@ class Shared:
 
     Attributes
     ----------
+    run_id : str
+        Of the sweep's folder.
     base : TrainConfig
         What it was made for; a trial that differs in that makes its own.
     rows : LoadedRows
@@ -229,6 +235,7 @@ class Shared:
         Weights to start from; None where the sweep searches over them.
     """
 
+    run_id: str
     base: TrainConfig
     rows: LoadedRows
     initial: Any
@@ -240,15 +247,21 @@ def run_trial(point: dict[str, Any], *, sweep: SweepConfig, dataset: PreparedDat
     from ray.tune.integration.ray_train import TuneReportCallback
 
     config = sweep.train_config(point)
+    check_device(config, use_gpu=use_gpu)
+    if not is_run(trials_folder.parent, shared.run_id):
+        raise UsageError(not_shared(trials_folder.parent))
     rows = shared.rows if _key(config, _ROW_FIELDS) == _key(shared.base, _ROW_FIELDS) else load_rows(dataset, config)
-    same_weights = shared.initial is not None and _key(config, _WEIGHT_FIELDS) == _key(shared.base, _WEIGHT_FIELDS)
-    initial = shared.initial if same_weights else ray.put(initial_weights(config))
     # The name holds nothing that changes, so that a trial begun again finds its checkpoints.
     folder = trials_folder / str(ray_tune.get_context().get_trial_id())
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / REQUEST_FILE, {"verb": "trial"})
+    write_json(folder / REQUEST_FILE, {"id": shared.run_id, "verb": "trial"})
+    initial = shared.initial
+    if saved_checkpoints(folder):
+        initial = None
+    elif initial is None or _key(config, _WEIGHT_FIELDS) != _key(shared.base, _WEIGHT_FIELDS):
+        initial = ray.put(initial_weights(config))
     # No checkpoints within an epoch: Tune would take them for results.
-    trainer = make_trainer(config, folder, rows, initial, use_gpu=use_gpu, callbacks=[TuneReportCallback()])
+    trainer = make_trainer(config, folder, shared.run_id, rows, initial, use_gpu=use_gpu, callbacks=[TuneReportCallback()])
     for kind, message in (trainer.fit().return_value or {}).items():
         raise UsageError(message) if kind == "usage" else TrainingError(message)
 

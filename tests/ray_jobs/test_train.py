@@ -1,3 +1,4 @@
+import shutil
 import signal
 from pathlib import Path
 
@@ -5,14 +6,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ray_jobs.checkpoints import best_and_last
+from ray_jobs.checkpoints import Saved, best_and_last
 from ray_jobs.cluster import Need, capacity, check_capacity
-from ray_jobs.train import TrainResult, best_checkpoint, describe_epoch, initial_weights, main, train
+from ray_jobs.run_folder import RunRequest
+from ray_jobs.train import TrainResult, _finish, best_checkpoint, describe_epoch, initial_weights, main, resolve_gpus, train
 from sentinode.bundle import Bundle
 from sentinode.config import TrainConfig
 from sentinode.dataset import PreparedDataset
 from sentinode.errors import CapacityError, TrainingError, UsageError
 from sentinode.model import build_model
+from sentinode.training import Progress
 from tests.factories import make_dataset
 from tests.processes import running, sentinode
 from tests.ray_jobs.conftest import QUICK, folder_of
@@ -126,7 +129,7 @@ def test_no_epochs_make_a_bundle_of_the_initial_weights_which_the_driver_alone_r
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(dataset: PreparedDataset, tmp_path: Path, ray_session: None, free_cpus: None) -> None:
-    with pytest.raises(TrainingError, match=r"epoch 1, step \d of 7: the training loss is not finite at learning rate 1e\+30; lower it; there is no"):
+    with pytest.raises(TrainingError, match=r"epoch 1, step \d of \d: the training loss is not finite at learning rate 1e\+30; lower it; there is no"):
         train(TrainConfig(**(QUICK | {"learning_rate": 1e30})), dataset.path, tmp_path / "run")
 
 
@@ -157,16 +160,96 @@ def test_what_an_autoscaler_may_add_counts(ray_session: None, monkeypatch: pytes
         check_capacity(Need(workers=9, gpus_per_worker=1), "train")
 
 
+def test_a_run_goes_on_on_what_it_was_begun_on_whatever_there_is_now(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(**QUICK, workers=2)
+
+    def begun_on(device: str) -> Saved:
+        return Saved(Path("/runs/run7/checkpoint_000001_a"), 1, 2, "resident", device, Progress())
+
+    assert not resolve_gpus(config, 2, None, "train")
+    with pytest.raises(CapacityError, match=r"train, begun on GPUs, needs 2 GPUs \(2 workers x 1\); the cluster has 0 and cannot add more"):
+        resolve_gpus(config, 2, begun_on("cuda"), "train")
+    monkeypatch.setattr("ray_jobs.cluster._configured_maximum", lambda: {"CPU": 64, "GPU": 8})
+    assert resolve_gpus(config, 2, None, "train")
+    assert not resolve_gpus(config, 2, begun_on("cpu"), "train")
+
+
+@pytest.mark.parametrize(("settings", "named"), [({"precision": "fp16"}, "precision fp16"), ({"sync_batch_norm": True}, "sync_batch_norm")])
+def test_what_needs_gpus_is_refused_where_auto_finds_none(
+    settings: dict[str, object], named: str, dataset: PreparedDataset, tmp_path: Path, ray_session: None
+) -> None:
+    with pytest.raises(UsageError, match=f"{named} needs GPUs, of which use_gpu auto found too few"):
+        train(TrainConfig(**QUICK, **settings), dataset.path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_ray_of_our_own_has_room_for_all_cpus_of_all_workers(dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class _Started(Exception):
+        pass
+
+    def connected(need_cpus: float, **_: object) -> None:
+        raise _Started(need_cpus)
+
+    monkeypatch.setattr("ray_jobs.train.connected", connected)
+    with pytest.raises(_Started, match=r"^6$"):
+        train(TrainConfig(**QUICK, workers=2, cpus_per_worker=3), dataset.path, tmp_path / "run")
+
+
+def test_workers_that_see_another_folder_touch_nothing_there_and_end_the_run_at_once(
+    dataset: PreparedDataset, tmp_path: Path, ray_session: None, free_cpus: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    claim = RunRequest.claim
+
+    def claimed_elsewhere(request: RunRequest) -> str:
+        claim(request)
+        # Of an unrelated run: the driver looked at a folder of its own, where there was none.
+        (request.folder / "checkpoint_000007_a").mkdir()
+        return "0" * 32
+
+    monkeypatch.setattr(RunRequest, "claim", claimed_elsewhere)
+    monkeypatch.setattr("ray_jobs.trainer.tidy", lambda folder: None)
+    with pytest.raises(UsageError, match=r"run is not the same folder on every node; put --out on a file system that all nodes share"):
+        train(TrainConfig(**QUICK, workers=2), dataset.path, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint_000007_a").exists()
+    assert "a worker failed" not in capsys.readouterr().out
+
+
+def test_no_bundle_is_written_where_the_run_s_folder_is_not(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is not the same folder on every node"):
+        _finish._function({}, None, TrainConfig(), None, tmp_path / "bundle", "0" * 32, "run", "cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_goes_on_needs_no_initial_weights(dataset: PreparedDataset, tmp_path: Path, ray_session: None, free_cpus: None) -> None:
+    weights = tmp_path / "weights.safetensors"
+    save_file(build_model("resnet18").state_dict(), weights)
+    config = TrainConfig(**(QUICK | {"epochs": 0, "weights": str(weights)}))
+    digest = train(config, dataset.path, tmp_path / "run").bundle.manifest.digest
+    shutil.rmtree(tmp_path / "run" / "bundle")
+    weights.unlink()
+    assert train(config, dataset.path, tmp_path / "run").bundle.manifest.digest == digest
+
+
 def test_a_fold_that_does_not_exist_is_refused(dataset: PreparedDataset, tmp_path: Path, ray_session: None) -> None:
     with pytest.raises(UsageError, match="no fold 7; it has folds 0 to 2"):
         train(TrainConfig(**QUICK, fold=7), dataset.path, tmp_path / "run")
+    # The command put right may use the same folder.
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_class_that_validation_lacks_is_told_before_training(tmp_path: Path, ray_session: None) -> None:
     data = make_dataset(tmp_path / "data", train=20, val=1)
-    with pytest.raises(UsageError, match="both classes"):
+    with pytest.raises(UsageError, match="both classes in validation"):
         train(TrainConfig(**QUICK), data.path, tmp_path / "run")
-    assert list((tmp_path / "run").glob("checkpoint_*")) == []
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ingest", ["resident", "stream"])
+def test_a_class_that_the_rows_to_train_on_lack_is_told_before_training(ingest: str, tmp_path: Path, ray_session: None) -> None:
+    data = make_dataset(tmp_path / "data", train=2, val=20)
+    with pytest.raises(UsageError, match="training needs both classes; the rows hold 0 normal and 2 metastatic patches"):
+        train(TrainConfig(**QUICK, ingest=ingest), data.path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
