@@ -119,7 +119,7 @@ class Plain:
         self.model.train()
         for module in self.frozen:
             module.eval()
-        losses = []
+        total, weights = 0.0, 0.0
         for patches, labels in self.batches(self.epochs_done):
             inputs = network_input(patches, self.config.input_size_px, self.config.mean, self.config.std)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
@@ -128,10 +128,12 @@ class Plain:
             self.optimiser.zero_grad()
             loss.backward()
             self.optimiser.step()
-            losses.append(loss.item())
+            # The mean over an epoch's rows, as ours, not over its batches, of which each has its own sum of weights.
+            weight = self.criterion.weight[labels].sum().item()
+            total, weights = total + weight * loss.item(), weights + weight
             first = first or time.monotonic() - started
         self.epochs_done += 1
-        return {"seconds": time.monotonic() - started, "first_batch_seconds": first, "train_loss": float(np.mean(losses))}
+        return {"seconds": time.monotonic() - started, "first_batch_seconds": first, "train_loss": total / weights}
 
 
 def from_memory(config: TrainConfig, rows: Patches, group: Group) -> Batches:
@@ -297,7 +299,8 @@ def outside(config: TrainConfig, rows: Patches, epochs: int) -> list[float]:
     parts = []
     for _ in range(epochs):
         learner.seconds = 0.0
-        parts.append(1 - learner.seconds / ours.epoch()["seconds"])
+        whole = ours.epoch()["seconds"]
+        parts.append(1 - learner.seconds / whole)
     return parts
 
 

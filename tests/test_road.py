@@ -8,6 +8,7 @@ import httpx
 import pyarrow.parquet as pq
 import pytest
 
+from ray_jobs.cli import main
 from sentinode.dataset import PreparedDataset
 from sentinode.manifests import read_report
 from tests.processes import running, sentinode
@@ -28,8 +29,7 @@ def test_from_a_folder_of_tifs_to_an_http_answer(ray_address: str, tmp_path: Pat
         return result
 
     step("synth", "--out", patches, "--count", "240", "--seed", "7")
-    fingerprint = step("prepare", "--source", patches, "--out", data)["fingerprint"]
-    assert step("prepare", "--source", patches, "--out", data) == {"data": str(data), "fingerprint": fingerprint, "already_complete": True}
+    step("prepare", "--source", patches, "--out", data)
     step("train", "--data", data, "--out", run, "--set", *SETTINGS)
     evaluated = step("evaluate", "--bundle", run / "bundle", "--data", data, "--out", report)
     assert evaluated["roc_auc"] == read_report(report).roc_auc
@@ -37,7 +37,7 @@ def test_from_a_folder_of_tifs_to_an_http_answer(ray_address: str, tmp_path: Pat
     offline = {row["id"]: row for row in pq.read_table(predictions).to_pylist()}
     assert len(offline) == 240
     for folder in (data, run / "bundle", predictions):
-        step("verify", folder)
+        assert main(["verify", str(folder)]) == 0
 
     dataset = PreparedDataset.open(data)
     test_rows = [row for row in dataset.index.to_pylist() if row["split"] == "test"]

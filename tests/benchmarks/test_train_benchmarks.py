@@ -40,6 +40,12 @@ def test_both_sides_train_the_same(part: str) -> None:
     assert plain.epochs_done == ours.progress.epochs_done == 3
 
 
+@pytest.mark.usefixtures("tiny")
+def test_the_rest_of_a_step_is_a_part_of_it() -> None:
+    parts = train_benchmark.outside(train_benchmark.config_of("outside", 4), learnable_patches(12, 0, side_px=32), epochs=2)
+    assert all(0 < part < 1 for part in parts)
+
+
 def test_a_missed_goal_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     result = {"ratios": [0.5] * 7, "first_batch_seconds": (1.0, 2.0), "loss_difference": 0.0}
     assert not train_benchmark.report("full", result)

@@ -27,6 +27,7 @@ def in_store(dataset: PreparedDataset, s3_folder: str, tmp_path: Path) -> str:
     return s3_folder
 
 
+@pytest.mark.slow
 def test_a_model_is_evaluated_on_a_data_set_in_an_object_store(ray_session: None, dataset: PreparedDataset, in_store: str, tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle").path
     report = evaluate(EvaluateConfig(), bundle, in_store, tmp_path / "report").report
@@ -45,6 +46,7 @@ def test_outputs_of_jobs_stay_on_disk(ray_session: None, dataset: PreparedDatase
         evaluate(EvaluateConfig(), bundle, dataset.location.local, f"{s3_folder}/report")
 
 
+@pytest.mark.slow
 def test_patches_of_a_data_set_in_an_object_store_are_predicted(ray_session: None, dataset: PreparedDataset, in_store: str, tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle").path
     predicted, same = (

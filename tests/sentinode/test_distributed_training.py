@@ -8,7 +8,18 @@ import torch
 from torch import multiprocessing
 
 from sentinode.learner import Learner
-from tests.sentinode.training_helpers import SCENARIOS, VAL_ROWS, WORLD_SIZE, config, patches, run_rank, run_scenario, small_network, train
+from tests.sentinode.training_helpers import (
+    SCENARIOS,
+    VAL_ROWS,
+    WORLD_SIZE,
+    config,
+    patches,
+    run_interrupted,
+    run_rank,
+    run_scenario,
+    small_network,
+    train,
+)
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -60,3 +71,17 @@ def test_validation_over_ranks_is_that_of_one_process(ranks: list[dict[str, Any]
     recorded = ranks[0][name]["history"][-1]
     assert recorded["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-5)
     assert recorded["val_roc_auc"] == alone["val_roc_auc"]
+
+
+def test_gradients_are_exchanged_once_a_step(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["exchanges"] for rank in ranks] == [2, 2]
+
+
+@pytest.mark.slow
+def test_three_ranks_that_go_on_end_bitwise_as_without_an_interruption(tmp_path: Path) -> None:
+    # Of two numbers the sum does not depend on the order; of three it does.
+    multiprocessing.spawn(run_interrupted, args=(3, tmp_path), nprocs=3)
+    for rank in range(3):
+        whole, resumed = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, value in whole.items():
+            assert torch.equal(value, resumed[name]), name

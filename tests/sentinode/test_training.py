@@ -254,6 +254,28 @@ def test_a_stop_is_obeyed_after_any_step_and_any_epoch_and_changes_nothing(asked
     assert_same_end((undisturbed, whole), (resumed, progress))
 
 
+@pytest.mark.parametrize("schedule", ["plateau", "one_cycle", "constant"])
+def test_a_rate_that_scales_with_workers_follows_their_number(schedule: str) -> None:
+    learner, settings = make(depth=1, schedule=schedule, scale_learning_rate=True, stage_lr_factor=0.5, learning_rate=0.01)
+    train(learner, patches(16), patches(6, 1), settings)
+    state = learner.state() | {"world_size": 4}  # as a group of four would have left it
+    rates = [(group["lr"], group["initial_lr"]) for group in learner.optimiser.param_groups]
+    other, _ = make(depth=1, schedule=schedule, scale_learning_rate=True, stage_lr_factor=0.5, learning_rate=0.01)
+    other.restore(state_of(learner.kept), copy.deepcopy(state))
+    assert [(group["lr"] * 4, group["initial_lr"] * 4) for group in other.optimiser.param_groups] == [pytest.approx(pair) for pair in rates]
+
+
+def test_logits_are_never_in_half_precision() -> None:
+    learner, _ = make(depth=0, precision="bf16")
+    learner.train_mode()
+    rows = torch.rand(64, 3, 32, 32)
+    trained = learner.forward(rows).detach()
+    with learner.evaluating() as validating, torch.inference_mode():
+        validated = validating(rows)
+    for z in (trained, validated):
+        assert not torch.equal(z, z.bfloat16().float())
+
+
 def test_nobody_is_asked_once_training_is_done() -> None:
     learner, settings = make(depth=0, batch_size=8)
     asked: list[int] = []

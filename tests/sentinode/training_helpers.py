@@ -1,5 +1,6 @@
 """Small learners, and the function that two processes run together."""
 
+import copy
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from sentinode.config import AugmentConfig, TrainConfig
@@ -100,10 +102,48 @@ def run_scenario(name: str, rank: int, world_size: int) -> dict[str, Any]:
     return {"weights": learner.kept.state_dict(), "history": progress.history}
 
 
+def exchanges(rank: int, world_size: int) -> int:
+    """Return how often gradients are exchanged in two steps of three batches each."""
+    settings = config(batch_size=2, unfreeze_depth=0, accumulate_steps=3)
+    learner = Learner(small_network(0, batch_norm=False), settings, world_size=world_size)
+    counted: list[int] = []
+
+    def count(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        counted.append(1)
+        return default_hooks.allreduce_hook(dist.group.WORLD, bucket)
+
+    learner._tail.register_comm_hook(None, count)
+    train(learner, patches(2 * 3 * 2 * world_size), patches(6, 1), settings, group=Group(rank, world_size))
+    return len(counted)
+
+
+def run_interrupted(rank: int, world_size: int, folder: Path) -> None:
+    """One of the processes of a group that trains two epochs, and the second of them once more from a checkpoint after the first."""
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder / 'rendezvous'}"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    settings = config(batch_size=4, unfreeze_depth=5, epochs=2)
+    rows, val, group = patches(48), patches(6, 1), Group(rank, world_size)
+    whole = Learner(small_network(5, batch_norm=True), settings, world_size=world_size)
+    states: list[Any] = []
+
+    def keep(now: Progress) -> None:
+        states.append(copy.deepcopy((whole.kept.state_dict(), whole.state(), now)))
+
+    train(whole, rows, val, settings, hooks=Hooks(on_epoch=keep), group=group)
+    resumed = Learner(small_network(5, batch_norm=True), settings, world_size=world_size)
+    weights, state, progress = states[0]
+    resumed.restore(weights, state)
+    train(resumed, rows, val, settings, progress, group=group)
+    torch.save([whole.kept.state_dict(), resumed.kept.state_dict()], folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
 def run_rank(rank: int, folder: Path) -> None:
     """One of the processes of a group: run all scenarios and save their results as <folder>/<rank>.pt."""
     torch.set_num_threads(1)
     rendezvous = f"file://{folder / 'rendezvous'}"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=60))
-    torch.save({name: run_scenario(name, rank, WORLD_SIZE) for name in SCENARIOS}, folder / f"{rank}.pt")
+    results = {name: run_scenario(name, rank, WORLD_SIZE) for name in SCENARIOS}
+    torch.save(results | {"exchanges": exchanges(rank, WORLD_SIZE)}, folder / f"{rank}.pt")
     dist.destroy_process_group()

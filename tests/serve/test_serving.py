@@ -120,7 +120,7 @@ def _post_streamed(url: str) -> httpx.Response:
     return httpx.post(f"{url}/predict", content=body(), headers=headers, timeout=60, trust_env=False)
 
 
-@pytest.mark.parametrize("topology", ["fused", "split"])
+@pytest.mark.parametrize("topology", ["fused", pytest.param("split", marks=pytest.mark.slow)])
 def test_more_requests_than_may_wait_are_answered_429(started: Any, bundle: Path, topology: str) -> None:
     patches = random_patches(48, seed=5)
     offline = Predictor.load(bundle).decide(patches)
@@ -148,6 +148,7 @@ def test_serve_is_shut_down_afterwards(started: Any, bundle: Path) -> None:
     assert ray_serve.status().applications == {}
 
 
+@pytest.mark.slow  # Serve tries a replica three times
 def test_a_replica_refuses_a_bundle_that_was_replaced(started: Any, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = make_bundle(tmp_path / "bundle").path
     application = build_app(ServeConfig(bundle=str(mine), auth="none"))
