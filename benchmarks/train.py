@@ -12,6 +12,8 @@ frozen  unfreeze_depth 1, 224 px, one worker: beside that loop with the same lay
 tifs    as full: beside a DataLoader over the TIF files, the best of 0, 1 and 2 worker processes. Goal: ahead of it.
 ddp     as full, two workers of one thread each: beside DistributedDataParallel around the plain loop; both in the same processes, under torchrun.
         Goal 0.98.
+ray     as ddp, but ours is the command `train` on a Ray of its own, with all that Ray runs beside the workers. Both are started anew for each pair,
+        and epochs after the first compared. It trains on the whole of --data: take a small one (`sentinode synth --count 400`). Goal 0.98.
 outside what of our own step is not forward, backward and optimiser, with the default augmentation; no peer.
 
 With --cpu-time, full and frozen compare the CPU time of their processes (one thread each), which other programs disturb less; ours then includes the
@@ -22,8 +24,10 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -33,6 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import yaml
 from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -48,7 +53,7 @@ from sentinode.preprocess import network_input
 from sentinode.training import Group, Progress, train_epochs
 from sentinode.worker import set_up_worker
 
-GOALS = {"full": 0.97, "frozen": 1.3, "tifs": 1.0, "ddp": 0.98}
+GOALS = {"full": 0.97, "frozen": 1.3, "tifs": 1.0, "ddp": 0.98, "ray": 0.98}
 LOSS_TOLERANCE = 1e-3
 _PLAIN = AugmentConfig(dihedral=False, colour_jitter=0, hue_jitter=0)
 _FROZEN = ("conv1", "bn1", "layer1", "layer2", "layer3")
@@ -327,14 +332,67 @@ def run_ddp(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     return result
 
 
+def run_peer(args: argparse.Namespace) -> None:
+    """One process of the peer of the part ray, started by torchrun."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    group = Group(dist.get_rank(), dist.get_world_size())
+    rows = PreparedDataset.open(args.data).read_split("train")
+    config = config_of("ray", args.batch_size)
+    peer = Plain(config, rows, group, from_memory(config, rows, group))
+    records = [peer.epoch() for _ in range(args.epochs)]
+    if group.rank == 0:
+        Path(args.result).write_text(json.dumps(records))
+    dist.destroy_process_group()
+
+
+def peer_epochs(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
+    """Run the plain loop under torchrun; its epochs."""
+    own = ["-m", "benchmarks.train", "--part", "peer", "--data", args.data, "--result", str(scratch / "peer.json")]
+    own += ["--epochs", str(args.epochs), "--batch-size", str(args.batch_size)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, *own], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    records: list[dict[str, Any]] = json.loads((scratch / "peer.json").read_text())
+    return records
+
+
+def command_epochs(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
+    """Run the command `train` with two workers; its epochs."""
+    from ray_jobs.checkpoints import best_and_last
+
+    config = config_of("ray", args.batch_size).model_copy(update={"epochs": args.epochs, "workers": 2, "trackers": ()})
+    (scratch / "train.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = [sys.executable, "-m", "ray_jobs.train", "--data", args.data, "--out", str(scratch / "run"), "--config", str(scratch / "train.yaml")]
+    subprocess.run(command, check=True)
+    _, last = best_and_last(scratch / "run")
+    assert last is not None, "the run left no checkpoint"
+    shutil.rmtree(scratch / "run")
+    return last.progress.history
+
+
+def compare_commands(args: argparse.Namespace) -> dict[str, Any]:
+    """Take turns between the command and torchrun; as `compare`."""
+    ratios, losses, first = [], [], (0.0, 0.0)
+    with tempfile.TemporaryDirectory(prefix="sentinode-bench-") as folder:
+        for pair in range(args.pairs):
+            sides = [command_epochs, peer_epochs] if pair % 2 else [peer_epochs, command_epochs]
+            done = {side: side(args, Path(folder)) for side in sides}
+            mine, theirs = done[command_epochs], done[peer_epochs]
+            first = mine[0]["first_batch_seconds"], theirs[0]["first_batch_seconds"]
+            ratios.append(sum(record["seconds"] for record in theirs[1:]) / sum(record["seconds"] for record in mine[1:]))
+            losses.append(abs(mine[-1]["train_loss"] - theirs[-1]["train_loss"]))
+    return {"ratios": ratios, "first_batch_seconds": first, "loss_difference": max(losses)}
+
+
 def main() -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="a prepared data set")
     parser.add_argument("--source", type=Path, help="the Kaggle-layout folder it was prepared from (part tifs)")
-    parser.add_argument("--part", default="all", choices=["full", "frozen", "tifs", "ddp", "outside", "all", "rank"])
+    parser.add_argument("--part", default="all", choices=["full", "frozen", "tifs", "ddp", "ray", "outside", "all", "rank", "peer"])
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--steps", type=int, default=6, help="steps an epoch")
+    parser.add_argument("--epochs", type=int, default=4, help="epochs of one run (part ray)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of both sides")
     parser.add_argument("--cpu-time", action="store_true", help="parts full and frozen: compare CPU time, on a machine that does other work too")
@@ -343,6 +401,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.part == "rank":
         run_rank(args)
+        return 0
+    if args.part == "peer":
+        run_peer(args)
         return 0
     met = []
     for part in ("full", "frozen", "tifs", "ddp", "outside") if args.part == "all" else (args.part,):
@@ -355,6 +416,8 @@ def main() -> int:
                 met.append(report(part, run_ddp(args, scratch)))
             finally:
                 scratch.unlink(missing_ok=True)
+        elif part == "ray":
+            met.append(report(part, compare_commands(args)))
         elif part == "outside":
             set_up_worker(args.threads)
             rows = PreparedDataset.open(args.data).read_split("train").take(np.arange(ours.rows))
