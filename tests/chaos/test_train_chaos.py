@@ -21,10 +21,11 @@ from tests.processes import Running, running, sentinode
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
-EPOCHS = 5
+# So many that a run is far from its end when it is disturbed in the second one, however fast the machine: an epoch is told up to a second late.
+EPOCHS = 10
 SETTINGS = [
     *["arch=resnet18", "weights=none", "unfreeze_depth=5", "input_size_px=32", f"epochs={EPOCHS}", "batch_size=8", "learning_rate=1e-3"],
-    *["ema_decay=0.9", "dropout=0.2", "workers=2"],
+    *["ema_decay=0.9", "dropout=0.2", "workers=2", "early_stopping_patience_epochs=null"],
 ]
 # A checkpoint of this run: the weights, their average and Adam's two moments.
 CHECKPOINT_MIB = 180
@@ -65,7 +66,7 @@ def _continued(dataset: PreparedDataset, out: Path, ray_address: str) -> dict[st
     again = sentinode(*_train(dataset, out), ray_address=ray_address)
     assert again.returncode == 0, again.stderr
     assert "epoch 1/" not in again.stdout
-    assert re.search(", continuing (after|within) epoch [1-5]", again.stdout)
+    assert re.search(r", continuing (after|within) epoch \d", again.stdout)
     return _outcome(out)
 
 
@@ -93,15 +94,19 @@ def test_sigterm_within_an_epoch_ends_with_code_3_and_the_same_command_continues
     dataset: PreparedDataset, undisturbed: dict[str, Any], ray_address: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    with running(*_train(dataset, out), ray_address=ray_address) as command:
-        command.wait_for_line("epoch 1/", 180)
-        command.process.send_signal(signal.SIGTERM)
-        told = command.wait_for_line("sentinode: stopped", 90)
-        assert command.process.wait(90) == 3
-    assert re.match(rf"sentinode: stopped within epoch \d, after step \d+ of 13; repeat the command to continue from there \({out}\)", told)
-    _, last = best_and_last(out)
-    assert last is not None
-    assert last.progress.partial is not None
+    # A signal may come between two epochs; it is followed by one more then.
+    for _ in range(EPOCHS // 2):
+        with running(*_train(dataset, out), ray_address=ray_address) as command:
+            command.wait_for_line("epoch ", 180)
+            command.process.send_signal(signal.SIGTERM)
+            told = command.wait_for_line("sentinode: stopped", 90)
+            assert command.process.wait(90) == 3
+        assert re.match(rf"sentinode: stopped (within|after) epoch \d+.*; repeat the command to continue from there \({out}\)", told)
+        _, last = best_and_last(out)
+        assert last is not None
+        if last.progress.partial is not None:
+            break
+    assert re.match(r"sentinode: stopped within epoch \d+, after step \d+ of 13;", told)
     assert _continued(dataset, out, ray_address) == undisturbed
 
 

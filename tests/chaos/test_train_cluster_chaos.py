@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -22,8 +23,10 @@ from tests.processes import ROOT, Running, running, sentinode
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
-EPOCHS = 4
+# So many that a run is far from its end when it is disturbed in the first ones, however fast the machine: an epoch is told up to a second late.
+EPOCHS = 8
 SETTINGS = ["arch=resnet18", "weights=none", "unfreeze_depth=5", "input_size_px=32", f"epochs={EPOCHS}", "batch_size=8", "learning_rate=1e-3"]
+SETTINGS += ["early_stopping_patience_epochs=null"]
 ROWS = 201
 
 
@@ -94,7 +97,7 @@ def test_a_killed_node_is_replaced_by_another_and_the_result_is_the_same(dataset
 @contextmanager
 def _elastic(argv: list[str | Path], address: str) -> Iterator[Running]:
     """The command, looking for room every second instead of every minute."""
-    script = "import sys, ray_jobs.train as train; train._RESIZE_CHECK_S = 1.0; sys.exit(train.main(sys.argv[2:]))"
+    script = "import sys, ray_jobs.train as train, ray_jobs.trainer as trainer; trainer._RESIZE_CHECK_S = 1.0; sys.exit(train.main(sys.argv[2:]))"
     command, environment = [sys.executable, "-c", script, *map(str, argv)], dict(os.environ) | {"RAY_ADDRESS": address}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment)
     try:
@@ -116,10 +119,10 @@ def _wait_until_within_an_epoch(out: Path) -> None:
         time.sleep(0.01)
 
 
-def test_an_elastic_run_goes_on_with_fewer_and_with_more_workers_and_counts_every_row_once(dataset: PreparedDataset, tmp_path: Path) -> None:
-    # Checkpoints within epochs, so that rows which two workers have not had are left to one, and the other way round.
-    epochs = 10
-    argv = [*_train(dataset, tmp_path / "run", "[1,2]"), f"epochs={epochs}", "early_stopping_patience_epochs=null", "checkpoint_interval_s=0.3"]
+def test_an_elastic_run_goes_on_with_fewer_and_with_more_workers(dataset: PreparedDataset, tmp_path: Path) -> None:
+    # Checkpoints within epochs, so that rows which two workers have not had are left to one, and the other way round. That each is trained on once
+    # is a test of the core's; here the counts must come out right. The run does not end by itself: nodes take their time.
+    argv = [*_train(dataset, tmp_path / "run", "[1,2]"), "epochs=1000", "checkpoint_interval_s=0.3"]
     with _cluster(nodes=1) as cluster, _elastic(argv, cluster.address) as command:
         command.wait_for_line("training with 2 workers on cpu", 180)
         command.wait_for_line("epoch 1/", 180)
@@ -129,7 +132,25 @@ def test_an_elastic_run_goes_on_with_fewer_and_with_more_workers_and_counts_ever
         command.wait_for_line("epoch ", 180)
         cluster.add_node(num_cpus=1)
         command.wait_for_line("training with 2 workers on cpu, continuing ", 180)
-        command.wait_for_line("bundle: ", 240)
-        assert command.process.wait(60) == 0
-    assert [(record["epoch"], record["rows"]) for record in _history(tmp_path / "run")] == [(epoch, ROWS) for epoch in range(epochs)]
+        command.wait_for_line("epoch ", 180)
+        command.process.send_signal(signal.SIGTERM)
+        command.wait_for_line("sentinode: stopped ", 90)
+        assert command.process.wait(60) == 3
+    history = _history(tmp_path / "run")
+    assert [(record["epoch"], record["rows"]) for record in history] == [(epoch, ROWS) for epoch in range(len(history))]
     assert any(", continuing within epoch " in line for line in command.lines)
+
+
+def test_an_elastic_run_without_room_says_so_and_ends_at_once_when_it_is_told_to(dataset: PreparedDataset, tmp_path: Path) -> None:
+    argv = [*_train(dataset, tmp_path / "run", "[2,3]"), "epochs=1000"]
+    with _cluster(nodes=2) as cluster, _elastic(argv, cluster.address) as command:
+        command.wait_for_line("epoch 1/", 240)
+        # The head's CPU is left, which is room for one.
+        for node in list(cluster.worker_nodes):
+            cluster.remove_node(node, allow_graceful=False)
+        command.wait_for_line("waiting for room: 2 workers with 1 CPU each", 180)
+        command.process.send_signal(signal.SIGTERM)
+        # Not the two minutes that a checkpoint may take.
+        command.wait_for_line("sentinode: stopped", 45)
+        assert command.process.wait(60) == 3
+    assert best_and_last(tmp_path / "run")[1] is not None
