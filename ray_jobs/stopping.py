@@ -15,8 +15,8 @@ import ray
 from ray_jobs.verb import say
 from sentinode.training import Wish
 
-# For the step or the validation that goes on, and for writing a checkpoint.
-_CHECKPOINT_WAIT_S = 120.0
+# For the step or the validation that goes on, and for writing a checkpoint. Ample: who cannot wait signals twice.
+_CHECKPOINT_WAIT_S = 600.0
 _ABORT_WAIT_S = 10.0
 _ASK_EVERY_S = 0.25
 

@@ -3,7 +3,9 @@
 import copy
 import io
 import math
+import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -274,6 +276,22 @@ def test_logits_are_never_in_half_precision() -> None:
         validated = validating(rows)
     for z in (trained, validated):
         assert not torch.equal(z, z.bfloat16().float())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)  # minutes of compiling, on a machine that does nothing else
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
+def test_a_compiled_network_learns_what_the_network_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    rows, val = patches(32), patches(6, 1)
+    plain, compiled = (config(epochs=2, augment=PLAIN, compile=compile_it, **GRADIENT_DESCENT) for compile_it in (False, True))
+    learners = [Learner(small_network(1, batch_norm=True), settings) for settings in (plain, compiled)]
+    expected, found = (train(learner, rows, val, learner.config) for learner in learners)
+    for one, other in zip(expected.history, found.history, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-3)
+        assert one["val_loss"] == pytest.approx(other["val_loss"], rel=1e-3)
+    for name, value in learners[0].kept.state_dict().items():
+        torch.testing.assert_close(value, learners[1].kept.state_dict()[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
 def test_nobody_is_asked_once_training_is_done() -> None:
