@@ -267,9 +267,7 @@ def report(part: str, result: dict[str, Any], note: str = "") -> bool:
     )
     if part == "frozen":
         same = result["loss_difference"] <= LOSS_TOLERANCE
-        print(
-            f"frozen: largest difference of a loss {result['loss_difference']:.1e}; goal {LOSS_TOLERANCE:g}: {'met' if same else 'MISSED'}"
-        )
+        print(f"frozen: largest difference of a loss {result['loss_difference']:.1e}; goal {LOSS_TOLERANCE:g}: {'met' if same else 'MISSED'}")
         met = met and same
     return met
 

@@ -18,7 +18,7 @@ from typing import Any
 import ray
 
 from ray_jobs.verb import say
-from sentinode.errors import CapacityError, UsageError
+from sentinode.errors import CapacityError, SentinodeError, UsageError
 
 _LOCALHOST = "127.0.0.1"
 _CONNECT_TIMEOUT_S = 10
@@ -125,8 +125,13 @@ def _start_local(need_cpus: float, verbose: bool, noise: dict[str, Any]) -> None
                 _node_ip_address=_LOCALHOST,
                 **noise,
             )
-    except BaseException:
+    except BaseException as error:
         del os.environ["RAY_ADDRESS"]
+        # Ray 2.60 gives a node 30 s, which cannot be set, and raises a bare Exception.
+        if isinstance(error, Exception) and "timed out during startup" in str(error):
+            raise SentinodeError(
+                "Ray did not start within its 30 s; is the machine busy with other work? Repeat the command, or set RAY_ADDRESS to a Ray that runs"
+            ) from error
         raise
     finally:
         del os.environ["RAY_GCS_SERVER_PORT"]

@@ -319,12 +319,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if result.already_complete:
         say(f"already complete: {result.bundle.path}")
     else:
-        reached = "reached" if manifest.threshold_rule.reached else "not reached"
+        rule = manifest.threshold_rule
         say(
             f"bundle: {result.bundle.path}\n"
-            f"validation AUC {manifest.metrics['roc_auc']:.4f}; threshold {manifest.threshold:.4f} "
-            f"(recall {manifest.metrics['recall']:.4f}, lower bound {manifest.threshold_rule.bound:.4f}, "
-            f"target {manifest.threshold_rule.target_recall} {reached})"
+            f"validation AUC {manifest.metrics['roc_auc']:.4f}; threshold {manifest.threshold:.4f} (recall {manifest.metrics['recall']:.4f}; "
+            f"its lower 95 % bound {rule.bound:.4f} {'reaches' if rule.reached else 'does not reach'} the target {rule.target_recall})"
         )
     return {"bundle": str(result.bundle.path), "digest": manifest.digest, "metrics": manifest.metrics, "already_complete": result.already_complete}
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from sentinode.config import ReviewRule, Rgb
-from sentinode.errors import ManifestError
+from sentinode.errors import ManifestError, ManifestNotFoundError
 from sentinode.locations import Location, locate
 from sentinode.storage import local_path, read_manifest_json
 
@@ -323,7 +323,10 @@ def read_dataset_manifest(data: str | os.PathLike[str] | Location) -> DatasetMan
     StorageError
         The storage does not answer.
     """
-    return _parse(DatasetManifest, locate(data), "dataset.json", "prepared data set", DATASET_FORMAT_VERSION)
+    try:
+        return _parse(DatasetManifest, locate(data), "dataset.json", "prepared data set", DATASET_FORMAT_VERSION)
+    except ManifestNotFoundError as error:
+        raise ManifestNotFoundError(f"{error}; `sentinode prepare` makes one from a folder of patches") from error
 
 
 def read_bundle_manifest(bundle: str | Path) -> BundleManifest:

@@ -1,10 +1,12 @@
+import os
 import socket
 import time
 
 import pytest
+import ray
 
 from ray_jobs.cluster import connected, reserved, resources_text
-from sentinode.errors import UsageError
+from sentinode.errors import SentinodeError, UsageError
 
 
 def test_an_address_where_nothing_listens_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,3 +51,15 @@ def test_what_waits_for_resources_says_so_and_goes_on_when_they_are_free(ray_ses
         task = ray.remote(lambda: "done").options(num_cpus=2, scheduling_strategy=place)
         assert ray.get(task.remote(), timeout=60) == "done"
     assert told == ["waiting for 2 CPUs to make the bundle; the cluster's are taken"]
+
+
+def test_a_ray_that_does_not_start_in_time_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because some of the raylet failed to startup")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(SentinodeError, match="Ray did not start within its 30 s; is the machine busy"), connected(1):
+        pytest.fail("connected to nothing")
+    assert "RAY_ADDRESS" not in os.environ

@@ -129,7 +129,8 @@ def test_no_epochs_make_a_bundle_of_the_initial_weights_which_the_driver_alone_r
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(dataset: PreparedDataset, tmp_path: Path, ray_session: None, free_cpus: None) -> None:
-    with pytest.raises(TrainingError, match=r"epoch 1, step \d of \d: the training loss is not finite at learning rate 1e\+30; lower it; there is no"):
+    told = r"epoch 1, step \d of \d: the training loss is not finite at learning rate 1e\+30; lower it; there is no"
+    with pytest.raises(TrainingError, match=told):
         train(TrainConfig(**(QUICK | {"learning_rate": 1e30})), dataset.path, tmp_path / "run")
 
 

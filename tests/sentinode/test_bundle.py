@@ -293,3 +293,9 @@ def test_a_metric_that_is_not_a_number_is_null(tmp_path: Path, weights: dict[str
     bundle = write(tmp_path / "b", weights, metrics={"f1": float("nan"), "nested": [float("inf")]})
     assert "NaN" not in (bundle.path / "bundle.json").read_text()
     assert Bundle.open(bundle.path).manifest.metrics == {"f1": None, "nested": [None]}
+
+
+def test_the_card_tells_how_the_network_was_trained_and_what_a_missed_target_means(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    card = (write(tmp_path / "bundle", weights).path / "model_card.md").read_text()
+    assert "weights none" in card
+    assert "the largest whose validation recall itself is at least 0.95" in card
