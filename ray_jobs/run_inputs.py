@@ -13,7 +13,7 @@ import ray
 from ray_jobs.cluster import reserved
 from ray_jobs.failures import task_error
 from sentinode.config import TrainConfig
-from sentinode.dataset import IntArray, Patches, PreparedDataset, labels_of
+from sentinode.dataset import IntArray, Patches, PreparedDataset
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +110,7 @@ def _load_rows(dataset: PreparedDataset, config: TrainConfig, stream: bool) -> A
 
 def _labels_to_train_on(dataset: PreparedDataset, fold: int | None) -> IntArray:
     shards, validates = dataset.train_and_val_rows(fold)
-    return labels_of(dataset.index_of(shards, ["label"])["label"], dataset.root / "index.parquet")[~validates]
+    return dataset.labels_in(shards)[~validates]
 
 
 def _shared_memory_bytes() -> int:

@@ -275,6 +275,10 @@ class PreparedDataset:
             raise ManifestError(f"{self.root / 'index.parquet'}: rows of the shards are missing; `sentinode verify` checks the whole data set")
         return index.select(columns).take(pa.array(places))
 
+    def labels_in(self, shards: list[ShardRecord]) -> IntArray:
+        """Return the labels of all rows of some shards, int64, 0 or 1, in order, without reading pixels; raises like `index_of` and `labels_of`."""
+        return labels_of(self.index_of(shards, ["label"])["label"], self.root / "index.parquet")
+
     def _read_rows(self, shards: list[ShardRecord], masks: list[BoolArray]) -> list[Patches]:
         """Read, for each mask over all rows of `shards`, the rows that it chooses, in order."""
         if len(shards) == 1 and len(masks) == 1 and masks[0].all():

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sentinode.dataset import Patches, PreparedDataset, labels_of
+from sentinode.dataset import Patches, PreparedDataset
 from sentinode.epoch_plan import dealt_in_steps
 from sentinode.errors import ManifestError
 from sentinode.images import UInt8Array
@@ -150,7 +150,7 @@ class StreamedRows:
         else:
             shards, validates = dataset.train_and_val_rows(fold)
             rows = np.flatnonzero(~validates)
-        self.labels = labels_of(dataset.index_of(shards, ["label"])["label"], dataset.root / "index.parquet")[rows]
+        self.labels = dataset.labels_in(shards)[rows]
         self._groups = RowGroups(dataset, shards)
         self._group_of = np.searchsorted(self._groups.starts, rows, side="right") - 1
         self._row_in_group = rows - self._groups.starts[self._group_of]

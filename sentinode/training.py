@@ -334,17 +334,19 @@ class _Epoch:
         wishes, steps = zip(*(answer.tolist() for answer in answers), strict=True)
         return Wish(max(wishes)), min(steps)
 
+    def _not_finite(self, what: str, step: int) -> TrainingError:
+        where = f"epoch {self._number + 1}, step {step + 1} of {self._plan.steps}"
+        return TrainingError(f"{where}: the {what} not finite at learning rate {self._rates[step]:g}; lower it")
+
     def _agree(self, number: int) -> None:
         wish, bad_step = self._all_want(self._hooks.wish())
         if bad_step < _NEVER:
-            where = f"epoch {self._number + 1}, step {bad_step + 1} of {self._plan.steps}"
-            raise TrainingError(f"{where}: the training loss is not finite at learning rate {self._rates[bad_step]:g}; lower it")
+            raise self._not_finite("training loss is", bad_step)
         if wish is Wish.GO_ON:
             return
         if not self._learner.is_finite():
             # A loss may be finite whose gradient is not. Such weights must not take the place of the last good ones.
-            where = f"epoch {self._number + 1}, step {number + 1} of {self._plan.steps}"
-            raise TrainingError(f"{where}: the weights are not finite at learning rate {self._rates[number]:g}; lower it")
+            raise self._not_finite("weights are", number)
         # Of the buffers rank 0's are stored: the others must go on with the same ones, as they will after a restart.
         self._group.share(self._learner.buffers_to_share())
         batches = (number + 1) * self._config.accumulate_steps
