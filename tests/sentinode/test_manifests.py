@@ -122,18 +122,18 @@ def test_a_split_has_a_plain_name(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("read", "what", "name"),
+    ("read", "what", "name", "advice"),
     [
-        (read_dataset_manifest, "prepared data set", "dataset.json"),
-        (read_bundle_manifest, "model bundle", "bundle.json"),
-        (read_report, "evaluation report", "report.json"),
-        (read_predictions_manifest, "folder of predictions", "_manifest.json"),
+        (read_dataset_manifest, "prepared data set", "dataset.json", "; `sentinode prepare` makes one from a folder of patches"),
+        (read_bundle_manifest, "model bundle", "bundle.json", ""),
+        (read_report, "evaluation report", "report.json", ""),
+        (read_predictions_manifest, "folder of predictions", "_manifest.json", ""),
     ],
 )
-def test_a_folder_that_is_something_else_is_named(tmp_path: Path, read: Any, what: str, name: str) -> None:
+def test_a_folder_that_is_something_else_is_named(tmp_path: Path, read: Any, what: str, name: str, advice: str) -> None:
     with pytest.raises(ManifestNotFoundError) as caught:
         read(tmp_path)
-    assert str(caught.value) == f"not a {what}: {tmp_path} (no {name} there)"
+    assert str(caught.value) == f"not a {what}: {tmp_path} (no {name} there){advice}"
 
 
 def test_a_manifest_cannot_be_changed() -> None:
