@@ -21,7 +21,7 @@ def test_the_configured_optimiser(name: str, kind: type[torch.optim.Optimizer]) 
 
 def test_each_stage_further_from_the_head_learns_more_slowly() -> None:
     model = network(1)
-    optimiser = make_optimiser(model, config(epochs=2, learning_rate=0.1, stage_lr_factor=0.5, unfreeze_schedule={2: 3}), 1)
+    optimiser = make_optimiser(model, config(epochs=3, learning_rate=0.1, stage_lr_factor=0.5, unfreeze_schedule={2: 3}), 1)
     assert [group["lr"] for group in optimiser.param_groups] == pytest.approx([0.1, 0.05, 0.025, 0.0125])
     names = ["fc", "layer4", "layer3", "layer2"]
     for name, group in zip(names, optimiser.param_groups, strict=True):
