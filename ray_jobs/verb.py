@@ -25,7 +25,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, config: type[Config] |
     """Add the options of every verb; the configuration ones where the verb has a configuration."""
     if config is not None:
         parser.add_argument("--config", metavar="YAML", help="file with configuration keys")
-        parser.add_argument("--preset", metavar="NAME", help="configuration that comes with the program, laid over --config")
+        parser.add_argument("--preset", metavar="NAME", help=f"configuration that comes with the program, laid over --config: {_preset_names()}")
         parser.add_argument(
             "--set",
             dest="settings",
@@ -39,14 +39,17 @@ def add_common_arguments(parser: argparse.ArgumentParser, config: type[Config] |
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
 
 
+def _preset_names() -> str:
+    return ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+
+
 def config_from(args: argparse.Namespace, model: type[ConfigT], **overrides: Any) -> ConfigT:
     """Build the configuration a command line asks for: --config, then --preset, then --set, then overrides."""
     files: list[str | Path] = [args.config] if args.config else []
     if args.preset:
         preset = PRESETS / f"{args.preset}.yaml"
         if not preset.is_file() or Path(args.preset).name != args.preset:
-            known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml"))) or "none"
-            raise ConfigError(f"--preset {args.preset}: no such preset; there are: {known}")
+            raise ConfigError(f"--preset {args.preset}: no such preset; there are: {_preset_names()}")
         files.append(preset)
     return load_config(model, files, args.settings, **overrides)
 
