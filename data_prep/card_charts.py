@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 from markupsafe import Markup
 
-from data_prep import charts
 from data_prep.card_colours import Colours
 from data_prep.card_facts import Balance, OverlapFacts, SizeClass, Tissue
 from data_prep.card_words import LABELS, percent, short
-from data_prep.charts import Series
+from sentinode import charts
+from sentinode.charts import Series
 
 STYLES = {0: "normal", 1: "metastatic", -1: "unlabelled"}
 """Label, -1 for none -> class of the style sheet."""

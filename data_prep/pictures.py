@@ -1,28 +1,12 @@
 """Pictures of patches for a page: PNG data URIs, the centre that a label is about, and two patches that share pixels."""
 
-import base64
-from io import BytesIO
-
-import numpy as np
 from markupsafe import Markup
-from PIL import Image
 
 from sentinode.images import UInt8Array
+from sentinode.pages import LARGEST_PX, data_uri
 
 CENTRE_PX = 32
 """Side of the centre square that a label is about."""
-LARGEST_PX = 96
-"""Patches with a longer side are shown reduced to this; a page of them must stay small."""
-
-
-def data_uri(image: UInt8Array) -> str:
-    """Return a patch, uint8 (side, side, 3), RGB, as a PNG data URI of at most LARGEST_PX x LARGEST_PX pixels."""
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    if picture.width > LARGEST_PX:
-        picture = picture.resize((LARGEST_PX, LARGEST_PX), Image.Resampling.BOX)
-    buffer = BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def centre_picture(image: UInt8Array, description: str) -> Markup:

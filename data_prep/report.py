@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 from markupsafe import Markup
@@ -16,6 +15,7 @@ from data_prep.card_facts import Pair, Rows
 from data_prep.card_words import FLAG_MEANING, LABELS, REASON_MEANING, count, megabytes, percent, points, short, value
 from sentinode import CLASS_NAMES, RESEARCH_USE_NOTICE
 from sentinode.manifests import LEAK_MEANING, DatasetManifest
+from sentinode.pages import LARGEST_PX, data_uri, page_environment
 
 _SAMPLES = 48  # about 1.4 MB of PNGs in the page
 _MOST_SAMPLES_OF_A_KIND = 24
@@ -45,9 +45,7 @@ def data_card(manifest: DatasetManifest, index: pa.Table, rejected: pa.Table, ov
     pixels : callable
         Ids of accepted patches -> their pixels, uint8 (n, side, side, 3), RGB, in that order.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("data_prep"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = page_environment("data_prep")
     environment.filters |= {"n": count, "percent": percent, "points": points, "short": short, "mb": megabytes, "value": value}
     rows = Rows.of(index)
     splits = list(manifest.counts)
@@ -72,7 +70,7 @@ def data_card(manifest: DatasetManifest, index: pa.Table, rejected: pa.Table, ov
         samples=samples,
         centre=_centre_example(samples, pixels),
         centre_px=pictures.CENTRE_PX,
-        reduced_px=pictures.LARGEST_PX if manifest.patch_size_px > pictures.LARGEST_PX else None,
+        reduced_px=LARGEST_PX if manifest.patch_size_px > LARGEST_PX else None,
         colours=coloured,
         colour_charts=[card_charts.colour_chart(channel, name, coloured) for channel, name in enumerate(("Red", "Green", "Blue"))],
         tissue=[(card_charts.STYLES[label], LABELS[label], figures) for label, figures in tissue.items()],
@@ -106,7 +104,7 @@ def _samples(rows: Rows, splits: Sequence[str], order: dict[str, Any], pixels: P
         for label in labels:
             members = own[rows.labels[own] == label]
             ids = rows.ids[members[:each]].tolist()
-            shown = [pictures.data_uri(image) for image in pixels(ids)] if ids else []
+            shown = [data_uri(image) for image in pixels(ids)] if ids else []
             kinds.append(Samples(label, LABELS[label], len(members), list(zip(ids, shown, strict=True))))
         yield split, kinds
 

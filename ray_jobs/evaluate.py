@@ -17,22 +17,35 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jinja2 import Environment, PackageLoader, StrictUndefined
+import pyarrow.compute as pc
+from scipy.special import expit
 
 from ray_jobs.cluster import connected
+from ray_jobs.evaluation_report import Example, Pictures, render
 from ray_jobs.inference import run_units
 from ray_jobs.verb import add_common_arguments, config_from, main_of, say
 from sentinode import RESEARCH_USE_NOTICE
 from sentinode.bundle import Bundle
+from sentinode.comparison import Judged, delong, differences
 from sentinode.config import EvaluateConfig
 from sentinode.dataset import PreparedDataset
 from sentinode.errors import ManifestError, SentinodeError, UsageError
-from sentinode.manifests import LEAK_MEANING, REPORT_FORMAT_VERSION, Confusion, EvaluationReport
-from sentinode.metrics import operating_point, roc_auc_with_intervals
+from sentinode.evaluation import EvaluatedRows, calibration, curve, review, robustness, subgroups, targets
+from sentinode.explain import overlay
+from sentinode.images import UInt8Array
+from sentinode.intervals import operating_point, score_metrics
+from sentinode.manifests import LEAK_MEANING, REPORT_FORMAT_VERSION, Comparison, Confusion, EvaluationReport
+from sentinode.metrics import IntArray
+from sentinode.pages import data_uri
 from sentinode.predictor import Predictor
-from sentinode.probability import calibrated_probability
+from sentinode.probability import calibrated_logit, calibrated_probability
+from sentinode.robustness import answers, is_chosen
 from sentinode.storage import exclusive, local_path, publish, staging_path, write_json, write_text_atomic
+from sentinode.tissue import is_pale, tissue_fraction
 from sentinode.versions import git_commit, library_versions
+
+_CHANGES = 18
+"""Columns of `sentinode.robustness.answers`."""
 
 
 @dataclass(frozen=True)
@@ -43,46 +56,88 @@ class EvaluateResult:
     report: EvaluationReport
 
 
-def evaluate(config: EvaluateConfig, bundle: str | Path, data: str | Path, out: str | Path, *, verbose: bool = False) -> EvaluateResult:
-    """Run the bundle over every row of the split exactly once and write the report.
+def evaluate(
+    config: EvaluateConfig, bundle: str | Path, data: str | Path, out: str | Path, *, against: str | Path | None = None, verbose: bool = False
+) -> EvaluateResult:
+    """Run the bundle, and the one it is compared with, over every row of the split exactly once and write the report.
 
     Raises
     ------
     ManifestNotFoundError, ManifestError
-        `bundle` or `data` is not what it should be.
+        `bundle`, `against` or `data` is not what it should be.
     UsageError
-        The split is empty, its patches have another size than the bundle accepts, or `out` holds something else.
+        The split is empty or unlabelled, its patches have another size than a bundle accepts, or `out` holds something else.
     """
     model, dataset, target = Bundle.open(bundle), PreparedDataset.open(data), local_path(out)
-    shards = dataset.shards(config.split)
-    if dataset.manifest.patch_size_px != model.manifest.patch_size_px:
-        raise UsageError(f"{dataset.path} holds patches of {dataset.manifest.patch_size_px} px; the bundle accepts {model.manifest.patch_size_px} px")
+    other = Bundle.open(against) if against is not None else None
+    # Raises where there is no such split, or nothing in it.
+    dataset.shards(config.split)
+    for each in (model, other):
+        if each is not None and dataset.manifest.patch_size_px != each.manifest.patch_size_px:
+            sizes = f"holds patches of {dataset.manifest.patch_size_px} px; the bundle accepts {each.manifest.patch_size_px} px"
+            raise UsageError(f"{dataset.path} {sizes}")
+    counts = dataset.manifest.counts[config.split]
+    if counts.unlabelled:
+        raise UsageError(f"{dataset.path}: {counts.unlabelled} rows of split {config.split} have no label; predict needs none")
     if target.exists() and not (target / "report.json").exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists and is not a report; use another --out")
-    rows_in_split = dataset.manifest.counts[config.split].rows
     with exclusive(target), connected(config.workers * config.cpus_per_worker, verbose=verbose):
-        work = partial(_classify_shard, dataset, config)
-        table = run_units(model.path, len(shards), work, config, "evaluate", lambda done, _: say(f"{done}/{rows_in_split} patches"))
-        _check_rows(table, dataset, config.split)
-        report = make_report(table, model, dataset, config)
+        rows, engine = _rows_of(model, dataset, config, "evaluate", min(1.0, config.robustness_rows / max(counts.rows, 1)))
+        theirs = _rows_of(other, dataset, config, "compare", 0.0) if other else None
+        report = make_report(rows, engine, model, dataset, config)
+        if other and theirs:
+            report = with_comparison(report, rows, model, theirs[0], theirs[1], other, config)
         staging = staging_path(target)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        write_text_atomic(staging / "report.html", render(report))
+        write_text_atomic(staging / "report.html", render(report, pictures(rows, model, dataset, config)))
         write_json(staging / "report.json", report.model_dump(mode="json"))
         publish(staging, target)
     return EvaluateResult(target, report)
 
 
-def _classify_shard(dataset: PreparedDataset, config: EvaluateConfig, predictor: Predictor, unit: int) -> pa.Table:
+def _rows_of(bundle: Bundle, dataset: PreparedDataset, config: EvaluateConfig, doing: str, changed_share: float) -> tuple[EvaluatedRows, str]:
+    """Run a bundle over the split; return its rows by id, and the engine."""
+    shards, expected = dataset.shards(config.split), dataset.manifest.counts[config.split].rows
+    work = partial(_classify_shard, dataset, config, changed_share)
+    table = run_units(bundle.path, len(shards), work, config, doing, lambda done, _: say(f"{doing}: {done}/{expected} patches"))
+    _check_rows(table, dataset, config.split)
+    index = dataset.index_of(shards, ["id", "slide", "centre"])
+    # Shards may have come back in any order: by id, like the rows.
+    table, index = table.sort_by("id"), index.sort_by("id")
+    if not pc.all(pc.equal(table["id"], index["id"])).as_py():
+        raise ManifestError(f"{dataset.path}: ids in the shards of split {config.split} differ from those in index.parquet")
+    rows = EvaluatedRows(
+        ids=np.asarray(table["id"].to_pylist(), np.str_),
+        labels=table["label"].to_numpy().astype(np.int64),
+        groups=np.asarray(table["group"].to_pylist(), np.str_),
+        logits=table["logit"].to_numpy(),
+        pale=np.asarray(table["pale"].to_pylist(), bool),
+        tissue_fraction=table["tissue_fraction"].to_numpy(),
+        slides=np.asarray(index["slide"].to_pylist(), object),
+        centres=np.asarray(index["centre"].to_pylist(), object),
+        perturbed=table["perturbed"].combine_chunks().flatten().to_numpy().reshape(-1, _CHANGES),
+    )
+    return rows, table["engine"][0].as_py()
+
+
+def _classify_shard(dataset: PreparedDataset, config: EvaluateConfig, changed_share: float, predictor: Predictor, unit: int) -> pa.Table:
     patches = dataset.read_shard(dataset.shards(config.split)[unit])
     logits = predictor.logits(patches.images, config.batch_size)
+    ids = patches.ids.tolist()
+    chosen = is_chosen(ids, changed_share)
+    perturbed = np.full((len(patches), _CHANGES), np.nan)
+    if chosen.any():
+        perturbed[chosen] = answers(patches.images[chosen], partial(predictor.logits, batch_size=config.batch_size))
     return pa.table(
         {
-            "id": patches.ids.tolist(),
+            "id": ids,
             "label": patches.labels,
             "group": patches.groups.tolist(),
             "logit": logits.astype(np.float64),
+            "pale": is_pale(patches.images),
+            "tissue_fraction": tissue_fraction(patches.images),
+            "perturbed": pa.FixedSizeListArray.from_arrays(pa.array(perturbed.reshape(-1)), _CHANGES),
             "engine": [predictor.engine] * len(patches),
         }
     )
@@ -98,57 +153,162 @@ def _check_rows(table: pa.Table, dataset: PreparedDataset, split: str) -> None:
         raise SentinodeError("the bundle's outputs are not finite for some patches; no report was written")
 
 
-def make_report(table: pa.Table, bundle: Bundle, dataset: PreparedDataset, config: EvaluateConfig) -> EvaluationReport:
-    """Compute the report from logits.
+def make_report(rows: EvaluatedRows, engine: str, bundle: Bundle, dataset: PreparedDataset, config: EvaluateConfig) -> EvaluationReport:
+    """Compute the report, without a comparison.
 
     Parameters
     ----------
-    table : pa.Table
-        Columns id, label, group, logit, engine: each row of the split once, any order.
+    rows : EvaluatedRows
+        Each row of the split once, by id.
+    engine : str
+        What ran the network.
     """
-    table = table.sort_by("id")
     manifest, data = bundle.manifest, dataset.manifest
-    labels = table["label"].to_numpy().astype(np.int64)
-    groups = np.asarray(table["group"].to_pylist(), dtype=np.str_)
-    logits = table["logit"].to_numpy()
-    probabilities = calibrated_probability(logits, manifest.temperature, manifest.bias)
-    area = roc_auc_with_intervals(labels, logits, groups, config.bootstrap_samples, config.seed)
+    samples, seed = config.bootstrap_samples, config.seed
+    logits = calibrated_logit(rows.logits, manifest.temperature, manifest.bias)
+    probabilities = expit(logits)
+    scores = score_metrics(rows.labels, logits, rows.groups, samples, seed)
     at_threshold, at_half = (
-        operating_point(labels, probabilities, groups, threshold, config.bootstrap_samples, config.seed) for threshold in (manifest.threshold, 0.5)
+        operating_point(rows.labels, probabilities, rows.groups, threshold, samples, seed) for threshold in (manifest.threshold, 0.5)
     )
+    area = scores["roc_auc"]
     return EvaluationReport(
         format_version=REPORT_FORMAT_VERSION,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         headline=_headline(area.value, area.group_interval.low, area.group_interval.high, config.split, data.leak_level),
         warnings=_warnings(bundle, dataset, config.split),
         notice=RESEARCH_USE_NOTICE,
-        bundle={
-            "path": str(bundle.path),
-            "name": manifest.name,
-            "version": manifest.version,
-            "digest": manifest.digest,
-            "arch": manifest.arch,
-            "engine": table["engine"][0].as_py(),
-        },
+        bundle=_about(bundle, engine),
         data={
             "path": str(dataset.path),
             "fingerprint": data.fingerprint,
             "split": config.split,
             "split_method": data.split.method,
             "leak_level": data.leak_level,
-            "rows": len(labels),
-            "groups": len(np.unique(groups)),
-            "prevalence": float(labels.mean()),
+            "rows": len(rows),
+            "groups": len(np.unique(rows.groups)),
+            "prevalence": float(rows.labels.mean()),
         },
         roc_auc=area.value,
         roc_auc_intervals=area,
+        average_precision=scores["average_precision"],
+        brier=scores["brier"],
+        nll=scores["nll"],
         confusion=at_threshold.confusion,
         at_threshold=at_threshold,
         at_half=at_half,
+        threshold_rule=manifest.threshold_rule,
+        targets=targets(at_threshold, area),
+        calibration=calibration(rows, manifest),
+        review=review(rows, manifest, samples, seed),
+        subgroups=subgroups(rows, manifest, samples, seed),
+        robustness=robustness(rows, manifest),
+        curve=curve(rows.labels, probabilities),
+        comparison=None,
+        published=_published(dataset, config.split, area.value, at_threshold.f1.value),
         config=config.model_dump(mode="json"),
         library_versions=library_versions(),
         git_commit=git_commit(),
     )
+
+
+def with_comparison(
+    report: EvaluationReport, rows: EvaluatedRows, ours: Bundle, their_rows: EvaluatedRows, engine: str, theirs: Bundle, config: EvaluateConfig
+) -> EvaluationReport:
+    """Add what the same rows say of two bundles; `rows` and `their_rows` are the same ones in the same order."""
+    sides = [
+        Judged(calibrated_logit(side.logits, bundle.manifest.temperature, bundle.manifest.bias), bundle.manifest.threshold)
+        for side, bundle in ((rows, ours), (their_rows, theirs))
+    ]
+    found = differences(rows.labels, sides[0], sides[1], rows.groups, config.bootstrap_samples, config.seed)
+    area = found["roc_auc"]
+    if area.value is None or area.group_interval.low is None or area.group_interval.high is None:
+        figure = "the difference in ROC-AUC is not defined: one class only"
+    else:
+        low, high = area.group_interval.low, area.group_interval.high
+        verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+        figure = f"ROC-AUC {area.value:+.4f} (95 % paired group interval {low:+.4f} to {high:+.4f}): {verdict}"
+    comparison = Comparison(
+        headline=f"Against {theirs.manifest.name} {theirs.manifest.version}: {figure}",
+        bundle=_about(theirs, engine),
+        threshold=theirs.manifest.threshold,
+        differences=found,
+        delong=delong(rows.labels, rows.logits, their_rows.logits),
+    )
+    notes = []
+    if theirs.manifest.data.fingerprint not in (ours.manifest.data.fingerprint, report.data["fingerprint"]):
+        notes.append("The bundle compared with was trained on another data set; whether it saw patches of this one in training is not known.")
+    return report.model_copy(
+        update={
+            "comparison": comparison,
+            "headline": f"{report.headline}. {comparison.headline}",
+            "warnings": [*report.warnings, *notes],
+        }
+    )
+
+
+def pictures(rows: EvaluatedRows, bundle: Bundle, dataset: PreparedDataset, config: EvaluateConfig) -> Pictures:
+    """Return the score distribution and the worst errors with their Grad-CAM, where the network has one."""
+    manifest = bundle.manifest
+    probabilities = calibrated_probability(rows.logits, manifest.temperature, manifest.bias)
+    positive, sick = probabilities >= manifest.threshold, rows.labels == 1
+    # Ties by id, so that the same rows give the same page.
+    order = np.argsort(probabilities, kind="stable")
+    missed = order[(~positive & sick)[order]][: config.error_examples]
+    alarms = order[::-1][(positive & ~sick)[order[::-1]]][: config.error_examples]
+    if not len(missed) + len(alarms):
+        return Pictures(rows.labels, probabilities)
+    patches = _pixels(dataset, config.split, rows.ids[np.concatenate([missed, alarms])].tolist())
+    layer, shown = "", {}
+    try:
+        explainer = Predictor(bundle).explainer()
+        layer = explainer.layer
+        shown = dict(zip(patches, explainer.maps(np.stack(list(patches.values()))), strict=True))
+    except UsageError as error:
+        say(f"note: no Grad-CAM: {error}")
+
+    def examples(chosen: IntArray) -> list[Example]:
+        return [
+            Example(
+                id=id_,
+                probability=probability,
+                picture=data_uri(patches[id_]),
+                overlay=data_uri(overlay(patches[id_], shown[id_])) if shown else None,
+            )
+            for id_, probability in zip(rows.ids[chosen].tolist(), probabilities[chosen].tolist(), strict=True)
+        ]
+
+    return Pictures(rows.labels, probabilities, examples(missed), examples(alarms), layer)
+
+
+def _pixels(dataset: PreparedDataset, split: str, ids: list[str]) -> dict[str, UInt8Array]:
+    """Read the patches with these ids: id -> uint8 (side, side, 3)."""
+    shards, wanted = dataset.shards(split), set(ids)
+    index = dataset.index_of(shards, ["id", "shard"])
+    holding = {shard for id_, shard in zip(index["id"].to_pylist(), index["shard"].to_pylist(), strict=True) if id_ in wanted}
+    found: dict[str, UInt8Array] = {}
+    for shard in shards:
+        if shard.path in holding:
+            names, images = dataset.read_pixels(shard)
+            found |= {name: images[number].copy() for number, name in enumerate(names) if name in wanted}
+    return found
+
+
+def _about(bundle: Bundle, engine: str) -> dict[str, Any]:
+    manifest = bundle.manifest
+    names = {"name": manifest.name, "version": manifest.version, "digest": manifest.digest, "arch": manifest.arch}
+    return {"path": str(bundle.path), **names, "engine": engine}
+
+
+def _published(dataset: PreparedDataset, split: str, area: float | None, f1: float | None) -> list[str]:
+    """Figures that others published on PatchCamelyon's own test split, where this is that split."""
+    data = dataset.manifest
+    if data.source.get("kind") != "pcam" or data.split.method != "predefined" or split != "test":
+        return []
+    return [
+        f"F1 {_four(f1)} at the bundle's threshold; TIAToolbox's resnet34-pcam: 0.889 (patch_predictor documentation, read 2026)",
+        f"ROC-AUC {_four(area)}; Veeling et al. 2018, rotation equivariant P4M-DenseNet: 0.963",
+    ]
 
 
 def _headline(value: float | None, low: float | None, high: float | None, split: str, leak_level: str) -> str:
@@ -175,12 +335,6 @@ def _warnings(bundle: Bundle, dataset: PreparedDataset, split: str) -> list[str]
     return warnings
 
 
-def render(report: EvaluationReport) -> str:
-    """Return the report as one self-contained HTML page."""
-    environment = Environment(loader=PackageLoader("ray_jobs"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("report.html").render(report=report)
-
-
 def _counts(confusion: Confusion) -> str:
     return ", ".join(f"{name.upper()} {count}" for name, count in confusion.model_dump().items())
 
@@ -193,6 +347,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     parser.add_argument("--bundle", required=True, metavar="BUNDLE", help="folder made by train or tune")
     parser.add_argument("--data", required=True, metavar="DATASET", help="folder made by prepare")
+    parser.add_argument("--against", metavar="BUNDLE", help="another bundle, to be compared on the same patches")
     parser.add_argument("--split", choices=["train", "val", "test"], help="which rows (default: test)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for report.json and report.html")
     add_common_arguments(parser, EvaluateConfig)
@@ -201,7 +356,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run the verb from parsed arguments."""
     overrides = {"split": args.split} if args.split else {}
-    result = evaluate(config_from(args, EvaluateConfig, **overrides), args.bundle, args.data, args.out, verbose=args.verbose)
+    result = evaluate(config_from(args, EvaluateConfig, **overrides), args.bundle, args.data, args.out, against=args.against, verbose=args.verbose)
     report = result.report
     say(report.headline)
     for name, point in (("bundle's threshold", report.at_threshold), ("threshold 0.5", report.at_half)):

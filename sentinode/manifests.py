@@ -16,7 +16,8 @@ from sentinode.storage import local_path, read_manifest_json
 DATASET_FORMAT_VERSION = 2
 """2 added `root`, overlaps.parquet and the split `all`. Version 1 is still read."""
 BUNDLE_FORMAT_VERSION = 1
-REPORT_FORMAT_VERSION = 1
+REPORT_FORMAT_VERSION = 2
+"""2 added metrics of scores, calibration, review, subgroups, robustness, curves and the comparison. Version 1 is no longer read."""
 PREDICTIONS_FORMAT_VERSION = 1
 
 LeakLevel = Literal["slide", "pixels", "none", "unsplit"]
@@ -250,18 +251,163 @@ class Confusion(Manifest):
     tp: int
 
 
+class PredictiveValues(Manifest):
+    """What recall and specificity would mean elsewhere."""
+
+    prevalence: float
+    """Share of metastatic patches, 0..1."""
+    ppv: MetricValue
+    npv: MetricValue
+
+
 class OperatingPoint(Manifest):
     """Metrics at one threshold."""
 
     threshold: float
     confusion: Confusion
     accuracy: MetricValue
+    balanced_accuracy: MetricValue
     precision: MetricValue
     recall: MetricValue
     specificity: MetricValue
+    npv: MetricValue
     f1: MetricValue
+    mcc: MetricValue
     fnr: MetricValue
     fpr: MetricValue
+    at_prevalences: list[PredictiveValues]
+
+
+class ReliabilityBin(Manifest):
+    """Rows of neighbouring probability."""
+
+    rows: int
+    mean_probability: float
+    share_metastatic: float
+    interval: Interval
+    """Wilson's, of the share."""
+
+
+class CalibrationState(Manifest):
+    """How far probabilities mean what they say."""
+
+    brier: float
+    nll: float
+    ece: float
+    """Expected calibration error over `bins`, 0..1."""
+    bins: list[ReliabilityBin]
+    """Of equal numbers of rows, by rising probability."""
+
+
+class Calibration(Manifest):
+    """Of the evaluated rows, without and with the bundle's temperature and bias."""
+
+    temperature: float
+    bias: float
+    before: CalibrationState
+    after: CalibrationState
+
+
+class CoveragePoint(Manifest):
+    """The surest part of the rows."""
+
+    coverage: float
+    """Share of all rows, 0..1."""
+    error: float
+    """Share of these that is decided wrongly."""
+    recall: float | None
+
+
+class Review(Manifest):
+    """What is left to a person by the bundle's review rule, and the rest."""
+
+    flagged: float
+    """Share of rows, 0..1."""
+    reasons: dict[str, int]
+    """Reason -> rows; a row may have several."""
+    rest: OperatingPoint | None
+    """Of the rows that are not flagged, at the bundle's threshold; null where all are."""
+    risk_coverage: list[CoveragePoint]
+
+
+class Target(Manifest):
+    """One of the figures that the project was asked for."""
+
+    metric: str
+    goal: float
+    value: float | None
+    reached: bool
+
+
+class CurvePoint(Manifest):
+    """One threshold."""
+
+    threshold: float | None
+    """Null where every patch is called Normal."""
+    recall: float
+    specificity: float
+    precision: float | None
+
+
+class Subgroup(Manifest):
+    """Some of the rows."""
+
+    by: str
+    """slide, centre or tissue fraction."""
+    name: str
+    rows: int
+    metastatic: int
+    roc_auc: MetricValue
+    recall: MetricValue
+    specificity: MetricValue
+
+
+class Perturbation(Manifest):
+    """The same rows, changed."""
+
+    name: str
+    roc_auc: float | None
+    recall: float | None
+    specificity: float | None
+    """Both at the bundle's threshold."""
+    mean_probability_change: float
+    """Mean of |probability - probability of the unchanged patch|."""
+    largest_probability_change: float
+    changed_decisions: float
+    """Share of rows whose decision is another one."""
+
+
+class Robustness(Manifest):
+    """How answers change with what should not change them."""
+
+    rows: int
+    unchanged: Perturbation
+    perturbations: list[Perturbation]
+    views_spread_mean: float
+    """Mean over rows of the largest less the smallest probability of the eight symmetries of the square."""
+    views_spread_largest: float
+
+
+class DelongTest(Manifest):
+    """DeLong's test of the difference of two ROC-AUCs; rows as independent."""
+
+    difference: float
+    interval: Interval
+    p_value: float
+    """Two-sided."""
+
+
+class Comparison(Manifest):
+    """This bundle less another one, on the same rows."""
+
+    headline: str
+    bundle: dict[str, Any]
+    """Of the other: path, name, version, digest, engine."""
+    threshold: float
+    """Of the other."""
+    differences: dict[str, MetricValue]
+    """Metric -> this bundle's value less the other's; rates at each one's own threshold; the same resamples for both."""
+    delong: DelongTest | None
 
 
 class EvaluationReport(Manifest):
@@ -273,15 +419,30 @@ class EvaluationReport(Manifest):
     warnings: list[str]
     notice: str
     bundle: dict[str, Any]
-    """Name, version, digest, engine."""
+    """Path, name, version, digest, engine."""
     data: dict[str, Any]
     """Path, fingerprint, split, split method, leak level, rows, groups, prevalence."""
     roc_auc: float | None
     roc_auc_intervals: MetricValue
+    average_precision: MetricValue
+    """Area under the precision-recall curve in steps (AUPRC)."""
+    brier: MetricValue
+    nll: MetricValue
     confusion: Confusion
     """At the bundle's threshold."""
     at_threshold: OperatingPoint
     at_half: OperatingPoint
+    threshold_rule: ThresholdRule
+    targets: list[Target]
+    calibration: Calibration
+    review: Review
+    subgroups: list[Subgroup]
+    robustness: Robustness | None
+    curve: list[CurvePoint]
+    """ROC and precision-recall, by falling threshold; at most 201 points."""
+    comparison: Comparison | None
+    published: list[str]
+    """Published figures of the same test set beside this one's; empty where there are none."""
     config: dict[str, Any]
     library_versions: dict[str, str]
     git_commit: str | None

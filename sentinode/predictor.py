@@ -9,6 +9,7 @@ import numpy.typing as npt
 from sentinode.bundle import Bundle
 from sentinode.config import Engine
 from sentinode.errors import ManifestError, PatchError, PatchErrorCode, UsageError
+from sentinode.explain import Explainer
 from sentinode.images import UInt8Array
 from sentinode.inference import network_logits
 from sentinode.manifests import BundleManifest
@@ -82,6 +83,11 @@ class Predictor:
             batch_size=batch_size,
             device=self.device,
         )
+
+    def explainer(self) -> Explainer:
+        """Return Grad-CAM of the torch network, whatever engine runs it; raises UsageError where there is none for its kind."""
+        manifest = self.manifest
+        return Explainer(self._model, input_size_px=manifest.input_size_px, mean=manifest.mean, std=manifest.std)
 
     def decide(self, patches: UInt8Array, batch_size: int = 256) -> list[Decision]:
         """Return one Decision per patch, in order; parameters and errors as for `logits`."""

@@ -49,7 +49,13 @@ class Decision:
 
 def calibrated_probability(logits: npt.ArrayLike, temperature: float, bias: float) -> FloatArray:
     """Return sigmoid(logit / temperature + bias), float64 in 0..1, of the shape of `logits`."""
-    result: FloatArray = expit(np.asarray(logits, dtype=np.float64) / temperature + bias)
+    result: FloatArray = expit(calibrated_logit(logits, temperature, bias))
+    return result
+
+
+def calibrated_logit(logits: npt.ArrayLike, temperature: float, bias: float) -> FloatArray:
+    """Return logit / temperature + bias, float64, of the shape of `logits`."""
+    result: FloatArray = np.asarray(logits, dtype=np.float64) / temperature + bias
     return result
 
 

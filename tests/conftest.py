@@ -15,6 +15,8 @@ _RAY_FOLDER = tempfile.mkdtemp(prefix="sn-", dir="/tmp")
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_TMPDIR"] = _RAY_FOLDER
 os.environ["OMP_NUM_THREADS"] = "1"
+# Else matplotlib, which Grad-CAM brings, writes into the home folder.
+os.environ["MPLCONFIGDIR"] = _RAY_FOLDER
 os.environ.pop("RAY_ADDRESS", None)
 
 

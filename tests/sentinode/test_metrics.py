@@ -1,33 +1,14 @@
-"""Metrics agree with scikit-learn and the seed's published matrix; intervals never say more than the data."""
+"""Values of metrics agree with scikit-learn, torchmetrics and a published matrix."""
 
 import numpy as np
 import pytest
+import torch
+import torchmetrics.functional.classification as torch_metrics
 from sklearn import metrics as sklearn_metrics
 
-from sentinode import metrics
-from sentinode.manifests import Confusion, Interval, MetricValue, OperatingPoint
-from sentinode.metrics import confusion, operating_point, rates, roc_auc, roc_auc_with_intervals
-
-NAMES = ("accuracy", "precision", "recall", "specificity", "f1", "fnr", "fpr")
-
-
-def simulated(rows: int, seed: int = 0, group_size: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels, probabilities and groups; rows of one group share their label and most of their score."""
-    generator = np.random.default_rng(seed)
-    groups = np.arange(rows) // group_size
-    labels = (generator.random(groups.max() + 1) < 0.4).astype(np.int64)[groups]
-    score = 1.2 * (2 * labels - 1) + generator.normal(0, 1.2, groups.max() + 1)[groups] + generator.normal(0, 0.5, rows)
-    return labels, 1 / (1 + np.exp(-score)), groups.astype(np.str_)
-
-
-def values_of(point: OperatingPoint) -> dict[str, MetricValue]:
-    return {name: getattr(point, name) for name in NAMES}
-
-
-def width(interval: Interval) -> float:
-    assert interval.low is not None
-    assert interval.high is not None
-    return interval.high - interval.low
+from sentinode.manifests import Confusion
+from sentinode.metrics import Scores, confusion, predictive_values, rates, rates_of, roc_auc
+from tests.sentinode.simulated import simulated
 
 
 def test_a_consistent_published_matrix_gives_its_published_rates() -> None:
@@ -40,6 +21,9 @@ def test_a_consistent_published_matrix_gives_its_published_rates() -> None:
         "f1": 0.9347,
         "fnr": 0.0480,
         "fpr": 0.0579,
+        "npv": 0.9665,
+        "balanced_accuracy": 0.9470,
+        "mcc": 0.8892,
     }
 
 
@@ -56,6 +40,9 @@ def test_rates_and_area_agree_with_scikit_learn(seed: int) -> None:
     assert result["recall"] == pytest.approx(sklearn_metrics.recall_score(labels, said))
     assert result["specificity"] == pytest.approx(sklearn_metrics.recall_score(labels, said, pos_label=0))
     assert result["f1"] == pytest.approx(sklearn_metrics.f1_score(labels, said))
+    assert result["npv"] == pytest.approx(sklearn_metrics.precision_score(labels, said, pos_label=0))
+    assert result["balanced_accuracy"] == pytest.approx(sklearn_metrics.balanced_accuracy_score(labels, said))
+    assert result["mcc"] == pytest.approx(sklearn_metrics.matthews_corrcoef(labels, said))
     assert result["fnr"] == pytest.approx(1 - sklearn_metrics.recall_score(labels, said))
     assert result["fpr"] == pytest.approx(1 - sklearn_metrics.recall_score(labels, said, pos_label=0))
     assert roc_auc(labels, probabilities) == pytest.approx(sklearn_metrics.roc_auc_score(labels, probabilities))
@@ -76,104 +63,73 @@ def test_what_cannot_be_computed_is_none_and_not_nan() -> None:
         "specificity": 1.0,
         "fnr": None,
         "fpr": 0.0,
+        "npv": 1.0,
         "f1": None,
+        "balanced_accuracy": None,
+        "mcc": None,
     }
 
 
-def test_a_probability_at_the_threshold_counts_as_positive() -> None:
-    point = operating_point(np.array([0, 1]), np.array([0.5, 0.5]), np.array(["a", "b"]), 0.5, 100, 0)
-    assert point.confusion == Confusion(tn=0, fp=1, fn=0, tp=1)
+def _every_value(labels: np.ndarray, logits: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float]:
+    lines = np.ones((1, len(labels))) if weights is None else weights[np.newaxis].astype(np.float64)
+    return {name: float(value[0]) for name, value in Scores(labels, logits).values(lines).items()}
 
 
-@pytest.mark.parametrize(("seed", "group_size"), [(0, 1), (1, 5), (2, 25)])
-def test_intervals_hold_the_value_and_the_group_interval_holds_the_patch_interval(seed: int, group_size: int) -> None:
-    labels, probabilities, groups = simulated(400, seed, group_size)
-    area = roc_auc_with_intervals(labels, probabilities, groups, 200, seed)
-    point = operating_point(labels, probabilities, groups, 0.4, 200, seed)
-    for name, metric in {"auc": area, **values_of(point)}.items():
-        assert metric.value is not None
-        patch, group = metric.patch_interval, metric.group_interval
-        assert None not in (patch.low, patch.high, group.low, group.high)
-        assert 0 <= group.low <= patch.low <= metric.value <= patch.high <= group.high <= 1, name  # type: ignore[operator]
+@pytest.mark.parametrize("decimals", [None, 1], ids=["distinct scores", "many ties"])
+@pytest.mark.parametrize("seed", range(3))
+def test_metrics_of_scores_agree_with_scikit_learn_weighted_and_with_ties(seed: int, decimals: int | None) -> None:
+    labels, probabilities, _ = simulated(400, seed)
+    logits = np.log(probabilities / (1 - probabilities))
+    logits = logits if decimals is None else logits.round(decimals)
+    probabilities = 1 / (1 + np.exp(-logits))
+    weights = np.random.default_rng(seed).integers(0, 4, 400)
+    for chosen in (None, weights):
+        found = _every_value(labels, logits, chosen)
+        assert found["roc_auc"] == pytest.approx(sklearn_metrics.roc_auc_score(labels, logits, sample_weight=chosen))
+        assert found["average_precision"] == pytest.approx(sklearn_metrics.average_precision_score(labels, logits, sample_weight=chosen))
+        assert found["brier"] == pytest.approx(sklearn_metrics.brier_score_loss(labels, probabilities, sample_weight=chosen))
+        assert found["nll"] == pytest.approx(sklearn_metrics.log_loss(labels, probabilities, sample_weight=chosen))
 
 
-def test_groups_whose_rows_agree_widen_the_interval() -> None:
-    labels, probabilities, groups = simulated(1000, 3, group_size=25)
-    alone = np.arange(1000).astype(np.str_)
-    clustered, independent = (operating_point(labels, probabilities, names, 0.5, 400, 0) for names in (groups, alone))
-    for name in ("accuracy", "recall", "specificity"):
-        assert width(values_of(clustered)[name].group_interval) > 2 * width(values_of(independent)[name].group_interval), name
-        assert values_of(clustered)[name].patch_interval == values_of(independent)[name].patch_interval
-    areas = [roc_auc_with_intervals(labels, probabilities, names, 200, 0) for names in (groups, alone)]
-    assert width(areas[0].group_interval) > 2 * width(areas[1].group_interval)
+@pytest.mark.parametrize("seed", range(3))
+def test_metrics_agree_with_torchmetrics(seed: int) -> None:
+    labels, probabilities, _ = simulated(400, seed)
+    truth, scores = torch.from_numpy(labels), torch.from_numpy(probabilities)
+    found = _every_value(labels, np.log(probabilities / (1 - probabilities)))
+    assert found["roc_auc"] == pytest.approx(torch_metrics.binary_auroc(scores, truth).item(), abs=1e-6)
+    assert found["average_precision"] == pytest.approx(torch_metrics.binary_average_precision(scores, truth).item(), abs=1e-6)
+    result = rates(confusion(labels, probabilities >= 0.4))
+    for name, theirs in {
+        "accuracy": torch_metrics.binary_accuracy,
+        "precision": torch_metrics.binary_precision,
+        "recall": torch_metrics.binary_recall,
+        "specificity": torch_metrics.binary_specificity,
+        "f1": torch_metrics.binary_f1_score,
+        "mcc": torch_metrics.binary_matthews_corrcoef,
+        "npv": torch_metrics.binary_negative_predictive_value,
+    }.items():
+        assert result[name] == pytest.approx(theirs(scores, truth, threshold=0.4).item(), abs=1e-6), name
 
 
-def test_the_patch_interval_of_a_proportion_is_wilsons() -> None:
-    # Agresti and Coull's classic: 0 of 10 gives an upper bound of 0.2775.
-    labels, probabilities = np.ones(10, np.int64), np.zeros(10)
-    point = operating_point(labels, probabilities, np.arange(10).astype(np.str_), 0.5, 100, 0)
-    assert point.recall.patch_interval.low == pytest.approx(0, abs=1e-12)
-    assert point.recall.patch_interval.high == pytest.approx(0.2775, abs=1e-4)
+def test_a_weighting_without_a_class_has_no_areas() -> None:
+    labels, logits = np.array([0, 0, 1]), np.array([-1.0, 0.0, 2.0])
+    found = Scores(labels, logits).values(np.array([[1.0, 1.0, 0.0], [0.0, 0.0, 2.0], [0.0, 0.0, 0.0], [1.0, 0.0, 1.0]]))
+    assert np.isnan(found["roc_auc"]).tolist() == [True, True, True, False]
+    assert np.isnan(found["average_precision"]).tolist() == [True, True, True, False]
+    assert np.isnan(found["nll"]).tolist() == [False, False, True, False]
 
 
-def test_full_recall_on_a_few_positives_is_not_certain() -> None:
-    labels = np.array([1] * 8 + [0] * 40)
-    probabilities = np.where(labels == 1, 0.9, 0.1)
-    point = operating_point(labels, probabilities, np.arange(48).astype(np.str_), 0.5, 300, 0)
-    assert point.recall.value == 1
-    assert point.recall.group_interval.low is not None
-    assert point.recall.group_interval.low < 0.75
+def test_many_matrices_at_once_are_each_as_alone() -> None:
+    cells = np.random.default_rng(0).integers(0, 3, (50, 4))
+    together = rates_of(cells.astype(np.float64))
+    for number, (tn, fp, fn, tp) in enumerate(cells.tolist()):
+        alone = rates(Confusion(tn=tn, fp=fp, fn=fn, tp=tp))
+        assert {name: None if np.isnan(value[number]) else value[number] for name, value in together.items()} == alone
 
 
-def test_one_class_leaves_the_others_metrics_undefined() -> None:
-    labels, probabilities = np.zeros(20, np.int64), np.linspace(0, 0.4, 20)
-    groups = np.arange(20).astype(np.str_)
-    nothing = Interval(low=None, high=None)
-    area = roc_auc_with_intervals(labels, probabilities, groups, 100, 0)
-    assert area == MetricValue(value=None, patch_interval=nothing, group_interval=nothing)
-    point = operating_point(labels, probabilities, groups, 0.5, 100, 0)
-    for metric in (point.recall, point.fnr, point.precision, point.f1):
-        assert metric == MetricValue(value=None, patch_interval=nothing, group_interval=nothing)
-    assert point.specificity.value == 1
-
-
-def test_intervals_follow_the_seed_and_not_the_order_of_rows_within_groups() -> None:
-    labels, probabilities, groups = simulated(200, 4, 4)
-    first = operating_point(labels, probabilities, groups, 0.5, 100, 7)
-    assert operating_point(labels, probabilities, groups, 0.5, 100, 7) == first
-    assert operating_point(labels, probabilities, groups, 0.5, 100, 8) != first
-    order = np.random.default_rng(0).permutation(200)
-    assert operating_point(labels[order], probabilities[order], groups[order], 0.5, 100, 7) == first
-
-
-def test_the_group_bootstrap_is_that_of_whole_groups() -> None:
-    # Two groups, one all right and one all wrong: resamples have accuracy 0, one half or 1.
-    labels = np.array([0] * 50 + [1] * 50)
-    probabilities = np.zeros(100)
-    groups = np.array(["right"] * 50 + ["wrong"] * 50)
-    accuracy = operating_point(labels, probabilities, groups, 0.5, 500, 0).accuracy
-    assert accuracy.value == 0.5
-    assert accuracy.group_interval == Interval(low=0, high=1)
-    assert 0.39 < (accuracy.patch_interval.low or 0) < 0.41
-
-
-def test_the_bootstrap_of_the_area_equals_resampling_rows_by_hand() -> None:
-    labels, scores, groups = simulated(60, 6, 3)
-    area = roc_auc_with_intervals(labels, scores, groups, 300, 1)
-    generator = np.random.default_rng(99)
-    names = np.unique(groups)
-    areas = []
-    for _ in range(600):
-        rows = np.concatenate([np.flatnonzero(groups == name) for name in generator.choice(names, len(names))])
-        if len(set(labels[rows])) == 2:
-            areas.append(sklearn_metrics.roc_auc_score(labels[rows], scores[rows]))
-    low, high = np.quantile(areas, [0.025, 0.975])
-    assert area.group_interval.low == pytest.approx(low, abs=0.04)
-    assert area.group_interval.high == pytest.approx(high, abs=0.04)
-
-
-def test_resamples_in_chunks_are_all_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_CHUNK_CELLS", 1_000)
-    chunks = list(metrics._multiplicities(300, 10, np.random.default_rng(0)))
-    assert list(map(len, chunks)) == [3, 3, 3, 1]
-    assert all((chunk.sum(axis=1) == 300).all() for chunk in chunks)
+def test_predictive_values_follow_bayes() -> None:
+    # Of 1,000 patches with 1 % metastatic: 9 of 10 found, 99 of 990 called wrongly.
+    ppv, npv = predictive_values(np.array(0.9), np.array(0.9), 0.01)
+    assert float(ppv) == pytest.approx(9 / 108)
+    assert float(npv) == pytest.approx(891 / 892)
+    assert np.isnan(predictive_values(np.array(0.0), np.array(1.0), 0.1)[0])

@@ -124,5 +124,86 @@ def histogram(series: Sequence[Series], ticks: Sequence[tuple[float, str]], desc
     return _svg(content, bottom + 32, description)
 
 
+@dataclass(frozen=True)
+class Line:
+    """One line of a plot.
+
+    Attributes
+    ----------
+    style : str
+        Class of the style sheet.
+    points : sequence of (x, y)
+        Within the plot's ranges, in drawing order.
+    stepped : bool
+        Whether y holds until the next x, instead of a straight line to it.
+    """
+
+    style: str
+    points: Sequence[tuple[float, float]]
+    stepped: bool = False
+
+
+def plot(
+    lines: Sequence[Line],
+    description: str,
+    x_axis: str,
+    y_axis: str,
+    *,
+    dots: Sequence[tuple[float, float, str]] = (),
+    bars: Sequence[tuple[float, float, float]] = (),
+    mark_x: float | None = None,
+    y_top: float = 1.0,
+) -> Markup:
+    """Draw lines over the unit square, or up to `y_top`.
+
+    Parameters
+    ----------
+    lines : sequence of Line
+    description : str
+        What a reader who cannot see the chart is told.
+    x_axis, y_axis : str
+        What they show.
+    dots : sequence of (x, y, class of the style sheet)
+    bars : sequence of (x, low, high)
+        Vertical intervals.
+    mark_x : float, optional
+        Where a vertical line is drawn.
+    y_top : float
+        Largest y, above 0.
+    """
+    left, top, right, bottom = 40, 8, WIDTH - 40, 228
+    wide, high = right - left, bottom - top
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + x * wide, bottom - min(y / y_top, 1.0) * high
+
+    content = Markup("")
+    for number in range(5):
+        x, y = place(number / 4, number * y_top / 4)
+        content += Markup('<line class="rule" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(left, right, y, y)
+        content += Markup('<text class="tick" text-anchor="end" x="{}" y="{:.1f}">{:g}</text>').format(left - 5, y + 3.5, number * y_top / 4)
+        content += Markup('<text class="tick" text-anchor="middle" x="{:.1f}" y="{}">{:g}</text>').format(x, bottom + 14, number / 4)
+    if mark_x is not None:
+        content += Markup('<line class="mark" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>').format(place(mark_x, 0)[0], top, bottom)
+    for x_value, low, high_value in bars:
+        (x, lower), (_, upper) = place(x_value, low), place(x_value, high_value)
+        content += Markup('<line class="rule strong" x1="{0:.1f}" x2="{0:.1f}" y1="{1:.1f}" y2="{2:.1f}"/>').format(x, lower, upper)
+    for line in lines:
+        path, before = [], None
+        for x, y in (place(*point) for point in line.points):
+            if before is None:
+                path.append(f"M{x:.1f} {y:.1f}")
+            else:
+                path.append(f"H{x:.1f}V{y:.1f}" if line.stepped else f"L{x:.1f} {y:.1f}")
+            before = x
+        content += Markup('<path class="{}" d="{}"/>').format(line.style, "".join(path))
+    for x_value, y_value, style in dots:
+        content += Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(style, *place(x_value, y_value))
+    content += Markup('<text class="tick" text-anchor="middle" x="{:.1f}" y="{}">{}</text>').format((left + right) / 2, bottom + 29, x_axis)
+    middle = (top + bottom) / 2
+    content += Markup('<text class="tick" text-anchor="middle" transform="rotate(-90 9 {0:.1f})" x="9" y="{0:.1f}">{1}</text>').format(middle, y_axis)
+    return _svg(content, bottom + 34, description)
+
+
 def _svg(content: Markup, height: float, description: str) -> Markup:
     return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(WIDTH, height, description, content)
