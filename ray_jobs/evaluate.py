@@ -82,7 +82,7 @@ def evaluate(
     if target.exists() and not (target / "report.json").exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists and is not a report; use another --out")
     with exclusive(target), connected(config.workers * config.cpus_per_worker, verbose=verbose):
-        rows, engine = _rows_of(model, dataset, config, "evaluate", min(1.0, config.robustness_rows / max(counts.rows, 1)))
+        rows, engine = _rows_of(model, dataset, config, "evaluate", min(1.0, config.robustness_rows / model.manifest.tta / max(counts.rows, 1)))
         theirs = _rows_of(other, dataset, config, "compare", 0.0) if other else None
         report = make_report(rows, engine, model, dataset, config)
         if other and theirs:
