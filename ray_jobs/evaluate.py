@@ -39,7 +39,7 @@ from sentinode.metrics import IntArray
 from sentinode.pages import data_uri
 from sentinode.predictor import Predictor
 from sentinode.probability import calibrated_logit, calibrated_probability
-from sentinode.robustness import answers, is_chosen
+from sentinode.robustness import VIEWS, answers, is_chosen
 from sentinode.storage import exclusive, local_path, publish, staging_path, write_json, write_text_atomic
 from sentinode.tissue import is_pale, tissue_fraction
 from sentinode.versions import git_commit, library_versions
@@ -82,7 +82,7 @@ def evaluate(
     if target.exists() and not (target / "report.json").exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists and is not a report; use another --out")
     with exclusive(target), connected(config.workers * config.cpus_per_worker, verbose=verbose):
-        rows, engine = _rows_of(model, dataset, config, "evaluate", min(1.0, config.robustness_rows / model.manifest.tta / max(counts.rows, 1)))
+        rows, engine = _rows_of(model, dataset, config, "evaluate", min(1.0, config.robustness_rows / max(counts.rows, 1)))
         theirs = _rows_of(other, dataset, config, "compare", 0.0) if other else None
         report = make_report(rows, engine, model, dataset, config)
         if other and theirs:
@@ -128,7 +128,8 @@ def _classify_shard(dataset: PreparedDataset, config: EvaluateConfig, changed_sh
     chosen = is_chosen(ids, changed_share)
     perturbed = np.full((len(patches), _CHANGES), np.nan)
     if chosen.any():
-        perturbed[chosen] = answers(patches.images[chosen], partial(predictor.logits, batch_size=config.batch_size))
+        ask = partial(predictor.logits, batch_size=config.batch_size)
+        perturbed[chosen] = answers(patches.images[chosen], ask, views=predictor.manifest.tta < VIEWS)
     return pa.table(
         {
             "id": ids,

@@ -79,7 +79,7 @@ def is_chosen(ids: list[str], share: float) -> npt.NDArray[np.bool_]:
     return np.array([int.from_bytes(hashlib.sha256(f"robustness:{id_}".encode()).digest()[:8]) < limit for id_ in ids], bool)
 
 
-def answers(patches: UInt8Array, logits: Callable[[UInt8Array], npt.NDArray[np.float32]]) -> npt.NDArray[np.float64]:
+def answers(patches: UInt8Array, logits: Callable[[UInt8Array], npt.NDArray[np.float32]], *, views: bool = True) -> npt.NDArray[np.float64]:
     """Return a model's logits for all changes of some patches.
 
     Parameters
@@ -87,6 +87,8 @@ def answers(patches: UInt8Array, logits: Callable[[UInt8Array], npt.NDArray[np.f
     patches : ndarray of uint8, shape (n, h, h, 3), RGB
     logits : callable
         Patches to float32 (n,).
+    views : bool
+        False for a model that averages over the eight views itself: its answer to each is the same, and they are not asked for.
 
     Returns
     -------
@@ -94,5 +96,8 @@ def answers(patches: UInt8Array, logits: Callable[[UInt8Array], npt.NDArray[np.f
         A column for each of PERTURBATIONS, then one for each of the views 1 to 7.
     """
     columns = [logits(change(patches)) for change in PERTURBATIONS.values()]
-    columns += [logits(view(patches, number)) for number in range(1, VIEWS)]
+    if views:
+        columns += [logits(view(patches, number)) for number in range(1, VIEWS)]
+    else:
+        columns += [logits(patches)] * (VIEWS - 1)
     return np.stack(columns, axis=1).astype(np.float64)

@@ -27,8 +27,7 @@ class EvaluateConfig(Config):
     seed: Seed = 42
     """Of the bootstrap."""
     robustness_rows: Annotated[int, Field(ge=0)] = 250
-    """About how many rows are also seen changed (stain, brightness, blur, JPEG, symmetries: 18 more answers each); 0 = none. A bundle with `tta`
-    looks at each that many times and gets that many times fewer."""
+    """About how many rows are also seen changed (stain, brightness, blur, JPEG, symmetries: 18 more answers each); 0 = none."""
     error_examples: Annotated[int, Field(ge=0, le=64)] = 12
     """Worst false negatives, and worst false positives, that the report shows; 0 = none."""
 

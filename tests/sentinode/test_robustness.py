@@ -56,6 +56,20 @@ def test_answers_stand_in_the_order_of_the_changes() -> None:
     assert found[:, len(PERTURBATIONS) :] == pytest.approx(np.repeat(PATCHES.mean(axis=(1, 2, 3))[:, None], VIEWS - 1, axis=1))
 
 
+def test_a_model_that_averages_over_the_views_is_not_asked_for_them() -> None:
+    asked = 0
+
+    def logits(patches: np.ndarray) -> np.ndarray:
+        nonlocal asked
+        asked += 1
+        result: np.ndarray = patches.mean(axis=(1, 2, 3)).astype(np.float32)
+        return result
+
+    found = answers(PATCHES, logits, views=False)
+    assert asked == len(PERTURBATIONS) + 1
+    assert (found[:, len(PERTURBATIONS) :] == logits(PATCHES)[:, None]).all()
+
+
 def test_a_sample_depends_on_ids_alone() -> None:
     ids = [f"patch {number}" for number in range(4000)]
     chosen = is_chosen(ids, 0.25)
