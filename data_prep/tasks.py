@@ -89,7 +89,8 @@ def run_tasks(
             _call,
             batch_size=None,
             batch_format="pyarrow",
-            compute=ray.data.TaskPoolStrategy(size=workers),
+            # No more than there is work for: Ray would warn of it at the terminal.
+            compute=ray.data.TaskPoolStrategy(size=min(workers, len(items))),
             num_cpus=1,
             fn_kwargs={"function": function, "where": str(where)},
         )
