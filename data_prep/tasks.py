@@ -90,7 +90,7 @@ def run_tasks(
             batch_size=None,
             batch_format="pyarrow",
             # No more than there is work for: Ray would warn of it at the terminal.
-            compute=ray.data.TaskPoolStrategy(size=min(workers, len(items))),
+            compute=ray.data.TaskPoolStrategy(size=min(workers or len(items), len(items))),
             num_cpus=1,
             fn_kwargs={"function": function, "where": str(where)},
         )
