@@ -33,19 +33,17 @@ from sentinode.errors import ManifestError, SentinodeError, UsageError
 from sentinode.evaluation import EvaluatedRows, calibration, curve, review, robustness, subgroups, targets
 from sentinode.explain import overlay
 from sentinode.images import UInt8Array
+from sentinode.inference import VIEWS
 from sentinode.intervals import operating_point, score_metrics
 from sentinode.manifests import LEAK_MEANING, REPORT_FORMAT_VERSION, Comparison, Confusion, EvaluationReport
 from sentinode.metrics import IntArray
 from sentinode.pages import data_uri
 from sentinode.predictor import Predictor
 from sentinode.probability import calibrated_logit, calibrated_probability
-from sentinode.robustness import VIEWS, answers, is_chosen
+from sentinode.robustness import CHANGES, answers, is_chosen
 from sentinode.storage import exclusive, local_path, publish, staging_path, write_json, write_text_atomic
 from sentinode.tissue import is_pale, tissue_fraction
 from sentinode.versions import git_commit, library_versions
-
-_CHANGES = 18
-"""Columns of `sentinode.robustness.answers`."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def _rows_of(bundle: Bundle, dataset: PreparedDataset, config: EvaluateConfig, d
         tissue_fraction=table["tissue_fraction"].to_numpy(),
         slides=np.asarray(index["slide"].to_pylist(), object),
         centres=np.asarray(index["centre"].to_pylist(), object),
-        perturbed=table["perturbed"].combine_chunks().flatten().to_numpy().reshape(-1, _CHANGES),
+        perturbed=table["perturbed"].combine_chunks().flatten().to_numpy().reshape(-1, CHANGES),
     )
     return rows, table["engine"][0].as_py()
 
@@ -126,7 +124,7 @@ def _classify_shard(dataset: PreparedDataset, config: EvaluateConfig, changed_sh
     logits = predictor.logits(patches.images, config.batch_size)
     ids = patches.ids.tolist()
     chosen = is_chosen(ids, changed_share)
-    perturbed = np.full((len(patches), _CHANGES), np.nan)
+    perturbed = np.full((len(patches), CHANGES), np.nan)
     if chosen.any():
         ask = partial(predictor.logits, batch_size=config.batch_size)
         perturbed[chosen] = answers(patches.images[chosen], ask, views=predictor.manifest.tta < VIEWS)
@@ -138,7 +136,7 @@ def _classify_shard(dataset: PreparedDataset, config: EvaluateConfig, changed_sh
             "logit": logits.astype(np.float64),
             "pale": is_pale(patches.images),
             "tissue_fraction": tissue_fraction(patches.images),
-            "perturbed": pa.FixedSizeListArray.from_arrays(pa.array(perturbed.reshape(-1)), _CHANGES),
+            "perturbed": pa.FixedSizeListArray.from_arrays(pa.array(perturbed.reshape(-1)), CHANGES),
             "engine": [predictor.engine] * len(patches),
         }
     )

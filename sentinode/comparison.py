@@ -7,7 +7,7 @@ import numpy.typing as npt
 from scipy.special import expit
 from scipy.stats import norm, rankdata
 
-from sentinode.intervals import cells_of_rows, concatenated, metric_value, percentiles, row_weights
+from sentinode.intervals import cells_of_rows, metric_value, percentiles, resampled
 from sentinode.manifests import DelongTest, Interval, MetricValue
 from sentinode.metrics import FloatArray, IntArray, Scores, rates_of
 
@@ -60,12 +60,8 @@ def differences(labels: IntArray, ours: Judged, theirs: Judged, groups: npt.NDAr
         first, second = (scores.values(weights) | rates_of(weights @ cells) for scores, cells in sides)
         return {name: first[name] - second[name] for name in first}
 
-    generator = np.random.default_rng(seed)
     value = difference(np.ones((1, len(labels))))
-    patch, group = (
-        concatenated([difference(weights) for weights in row_weights(index, samples, generator)])
-        for index in (np.arange(len(labels)), np.unique(groups, return_inverse=True)[1])
-    )
+    patch, group = resampled(difference, groups, samples, seed)
     return {name: metric_value(value[name][0], percentiles(patch[name]), percentiles(group[name])) for name in value}
 
 

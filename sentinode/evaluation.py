@@ -48,7 +48,7 @@ class EvaluatedRows:
     tissue_fraction : ndarray of float32, shape (n,), 0..1
     slides, centres : ndarray of object, shape (n,)
         Names, None where not known.
-    perturbed : ndarray of float64, shape (n, 18)
+    perturbed : ndarray of float64, shape (n, CHANGES of `sentinode.robustness`)
         `sentinode.robustness.answers`; NaN in the rows that were not chosen for it.
     """
 

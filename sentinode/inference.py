@@ -9,6 +9,9 @@ from sentinode.config import Rgb
 from sentinode.images import UInt8Array
 from sentinode.preprocess import network_input
 
+VIEWS = 8
+"""Symmetries of the square, as `view` numbers them."""
+
 
 @torch.inference_mode()
 def network_logits(
@@ -47,13 +50,13 @@ def network_logits(
         # Without TF32, which cuDNN uses by default: a GPU's probabilities must equal a CPU's.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             inputs = network_input(batch, input_size_px, mean, std)
-            logits = torch.stack([_difference(model(_view(inputs, number))) for number in range(tta)]).mean(0)
+            logits = torch.stack([_difference(model(view(inputs, number))) for number in range(tta)]).mean(0)
         parts.append(logits.cpu().numpy())
     return np.concatenate(parts)
 
 
-def _view(inputs: torch.Tensor, number: int) -> torch.Tensor:
-    """Return one of the eight symmetries of the square; 0 is the input itself. The label is about the centre, which stays."""
+def view(inputs: torch.Tensor, number: int) -> torch.Tensor:
+    """Return one of the eight symmetries of the square, (n, c, side, side); 0 is the input itself. The label is about the centre, which stays."""
     turned = torch.rot90(inputs, number % 4, (2, 3)) if number % 4 else inputs
     return turned.flip(3) if number >= 4 else turned
 

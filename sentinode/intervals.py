@@ -6,7 +6,7 @@ interval resamples whole groups (slides, or patches connected by shared pixels) 
 says [1, 1] when nothing went wrong in a small sample.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -64,11 +64,7 @@ def score_metrics(labels: IntArray, calibrated_logits: FloatArray, groups: npt.N
     """Return the metrics of `sentinode.metrics.Scores` by name; parameters as for `Scores` and `operating_point`."""
     scores = Scores(labels, calibrated_logits)
     value = scores.values(np.ones((1, len(labels))))
-    generator = np.random.default_rng(seed)
-    patch, group = (
-        concatenated([scores.values(weights) for weights in row_weights(index, samples, generator)])
-        for index in (np.arange(len(labels)), np.unique(groups, return_inverse=True)[1])
-    )
+    patch, group = resampled(scores.values, groups, samples, seed)
     metrics = {}
     for name in Scores.NAMES:
         interval = percentiles(patch[name])
@@ -104,9 +100,30 @@ def row_weights(group_of_row: IntArray, samples: int, generator: np.random.Gener
             yield drawn[:, group_of_row].astype(np.float64)
 
 
-def concatenated(parts: list[dict[str, FloatArray]]) -> dict[str, FloatArray]:
-    """Put the values of several chunks of resamples one after the other."""
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+def resampled(
+    values: Callable[[FloatArray], dict[str, FloatArray]], groups: npt.NDArray[np.str_], samples: int, seed: int
+) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
+    """Return metrics of resamples of patches, and of resamples of whole groups.
+
+    Parameters
+    ----------
+    values : callable
+        Weights of the rows, float64 (k, n), to metrics by name, each float64 (k,).
+    groups : ndarray of str, shape (n,)
+    samples, seed
+        As for `operating_point`.
+
+    Returns
+    -------
+    (dict, dict)
+        Metrics by name, each float64 (samples,).
+    """
+    generator = np.random.default_rng(seed)
+    found = []
+    for index in (np.arange(len(groups)), np.unique(groups, return_inverse=True)[1]):
+        parts = [values(weights) for weights in row_weights(index, samples, generator)]
+        found.append({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    return found[0], found[1]
 
 
 def percentiles(values: FloatArray) -> Interval:

@@ -12,11 +12,9 @@ from PIL import Image
 
 from sentinode.augment import blur
 from sentinode.images import UInt8Array
+from sentinode.inference import VIEWS, view
 from sentinode.preprocess import resize, to_unit_nchw
 from sentinode.stain import jitter_stains
-
-VIEWS = 8
-"""Symmetries of the square; view 0 is the patch itself."""
 
 
 def _stained(patches: UInt8Array, haematoxylin: float, eosin: float) -> UInt8Array:
@@ -46,6 +44,11 @@ def _resized(patches: UInt8Array, side_px: int) -> UInt8Array:
     return _to_uint8(resize(resize(to_unit_nchw(torch.tensor(patches)), side_px), patches.shape[1]))
 
 
+def _seen_as(patches: UInt8Array, number: int) -> UInt8Array:
+    seen: UInt8Array = view(torch.tensor(patches).permute(0, 3, 1, 2), number).permute(0, 2, 3, 1).contiguous().numpy()
+    return seen
+
+
 def _to_uint8(batch: torch.Tensor) -> UInt8Array:
     result: UInt8Array = (batch.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
     return result
@@ -66,11 +69,8 @@ PERTURBATIONS: dict[str, Callable[[UInt8Array], UInt8Array]] = {
 }
 """Name -> function of uint8 patches (n, h, w, 3), RGB, to others of the same shape."""
 
-
-def view(patches: UInt8Array, number: int) -> UInt8Array:
-    """Return one of the eight symmetries of square patches, uint8 (n, h, w, 3): `number` % 4 quarter turns, mirrored from 4 on. The label stays."""
-    turned = np.rot90(patches, number % 4, axes=(1, 2))
-    return np.ascontiguousarray(turned[:, :, ::-1] if number >= VIEWS // 2 else turned)
+CHANGES = len(PERTURBATIONS) + VIEWS - 1
+"""Columns of `answers`: the perturbations, then the views 1 to 7."""
 
 
 def is_chosen(ids: list[str], share: float) -> npt.NDArray[np.bool_]:
@@ -92,12 +92,11 @@ def answers(patches: UInt8Array, logits: Callable[[UInt8Array], npt.NDArray[np.f
 
     Returns
     -------
-    ndarray of float64, shape (n, 11 + 7)
-        A column for each of PERTURBATIONS, then one for each of the views 1 to 7.
+    ndarray of float64, shape (n, CHANGES)
     """
     columns = [logits(change(patches)) for change in PERTURBATIONS.values()]
     if views:
-        columns += [logits(view(patches, number)) for number in range(1, VIEWS)]
+        columns += [logits(_seen_as(patches, number)) for number in range(1, VIEWS)]
     else:
         columns += [logits(patches)] * (VIEWS - 1)
     return np.stack(columns, axis=1).astype(np.float64)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sentinode.robustness import PERTURBATIONS, VIEWS, answers, is_chosen, view
+from sentinode.inference import VIEWS
+from sentinode.robustness import CHANGES, PERTURBATIONS, answers, is_chosen
 
 PATCHES = np.random.default_rng(0).integers(60, 220, (3, 96, 96, 3), np.uint8)
 
@@ -42,10 +43,16 @@ def test_more_eosin_leaves_glass_and_darkens_green_most() -> None:
 
 
 def test_the_views_are_the_eight_symmetries() -> None:
-    views = {view(PATCHES[:1], number).tobytes() for number in range(VIEWS)}
-    assert len(views) == VIEWS
-    assert (view(PATCHES, 0) == PATCHES).all()
-    assert all((np.sort(view(PATCHES, number), axis=None) == np.sort(PATCHES, axis=None)).all() for number in range(VIEWS))
+    seen: list[np.ndarray] = []
+
+    def logits(patches: np.ndarray) -> np.ndarray:
+        seen.append(patches)
+        return np.zeros(len(patches), np.float32)
+
+    assert answers(PATCHES, logits).shape == (3, CHANGES)
+    views = [PATCHES, *seen[len(PERTURBATIONS) :]]
+    assert len({one[:1].tobytes() for one in views}) == len(views) == VIEWS
+    assert all((np.sort(one, axis=None) == np.sort(PATCHES, axis=None)).all() for one in views)
 
 
 def test_answers_stand_in_the_order_of_the_changes() -> None:
