@@ -363,8 +363,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         say(f"at {name} ({point.threshold:.4f}): {figures}  {_counts(point.confusion)}")
     for warning in report.warnings:
         say(f"note: {warning}")
-    say(f"report: {result.path / 'report.html'}")
-    return {"report": str(result.path), "roc_auc": report.roc_auc, "confusion": report.confusion.model_dump(), "headline": report.headline}
+    say(f"engine: {report.bundle['engine']}\nreport: {result.path / 'report.html'}")
+    return {
+        "report": str(result.path),
+        "engine": report.bundle["engine"],
+        "roc_auc": report.roc_auc,
+        "confusion": report.confusion.model_dump(),
+        "headline": report.headline,
+    }
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_jobs.evaluate") -> int:

@@ -15,7 +15,9 @@ import torch
 
 from ray_jobs.cluster import Need, check_capacity, wants_gpus
 from sentinode.allocator import keep_freed_memory
+from sentinode.bundle import Bundle
 from sentinode.config import EvaluateConfig, PredictConfig
+from sentinode.engines import choose_engine
 from sentinode.errors import SentinodeError, UsageError, one_line, root_of
 from sentinode.predictor import Predictor
 
@@ -64,6 +66,8 @@ def run_units(bundle: Path, units: int, work: Work, config: EvaluateConfig | Pre
     ------
     CapacityError
         The cluster has too few CPUs or GPUs.
+    ManifestError, UsageError
+        The bundle or an engine in it is damaged, or has not the engine that is asked for.
     SentinodeError
         What `work` raises.
     """
@@ -71,6 +75,9 @@ def run_units(bundle: Path, units: int, work: Work, config: EvaluateConfig | Pre
     use_gpu = wants_gpus(config.use_gpu, workers)
     # One CPU beside the actors feeds them.
     check_capacity(Need(workers, config.cpus_per_worker, int(use_gpu)), verb)
+    device = "cuda" if use_gpu else "cpu"
+    # Chosen here, once: actors on nodes that differ would each choose their own, and the rows would come from several engines.
+    engine = choose_engine(Bundle.open(bundle), config.engine, device)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -80,7 +87,7 @@ def run_units(bundle: Path, units: int, work: Work, config: EvaluateConfig | Pre
     source = ray.data.from_arrow([pa.table({"unit": [unit]}) for unit in range(units)])
     results = source.map_batches(
         BundleActor,
-        fn_constructor_args=(str(bundle), config.engine, "cuda" if use_gpu else "cpu", config.cpus_per_worker, work),
+        fn_constructor_args=(str(bundle), engine, device, config.cpus_per_worker, work),
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=workers),

@@ -189,10 +189,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     predicted: Counter[str] = Counter()
     for part in result.manifest.parts:
         predicted.update(value or "error" for value in pq.read_table(result.path / part.path, columns=["prediction"])["prediction"].to_pylist())
-    say(f"{result.manifest.rows} inputs: {', '.join(f'{count} {name}' for name, count in sorted(predicted.items()))}\npredictions: {result.path}")
+    say(f"{result.manifest.rows} inputs: {', '.join(f'{count} {name}' for name, count in sorted(predicted.items()))}")
+    say(f"engine: {result.manifest.model['engine']}\npredictions: {result.path}")
     if result.manifest.errors:
         say("column `error` says why an input could not be used")
-    return {"predictions": str(result.path), "rows": result.manifest.rows, "errors": result.manifest.errors}
+    manifest = result.manifest
+    return {"predictions": str(result.path), "engine": manifest.model["engine"], "rows": manifest.rows, "errors": manifest.errors}
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_jobs.predict") -> int:

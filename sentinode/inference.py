@@ -1,9 +1,10 @@
 """The forward pass without gradients, the same for every caller."""
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 from sentinode.config import Rgb
 from sentinode.images import UInt8Array
@@ -15,7 +16,7 @@ VIEWS = 8
 
 @torch.inference_mode()
 def network_logits(
-    model: nn.Module,
+    model: Callable[[torch.Tensor], torch.Tensor],
     patches: UInt8Array,
     *,
     input_size_px: int,
@@ -29,7 +30,7 @@ def network_logits(
 
     Parameters
     ----------
-    model : nn.Module
+    model : nn.Module or engine
         Maps float (n, 3, input_size_px, input_size_px) to logits (n, 2); on `device`.
     patches : ndarray of uint8, shape (n, height, width, 3), RGB
     input_size_px, mean, std

@@ -19,6 +19,7 @@ BUNDLE_FORMAT_VERSION = 1
 REPORT_FORMAT_VERSION = 2
 """2 added metrics of scores, calibration, review, subgroups, robustness, curves and the comparison. Version 1 is no longer read."""
 PREDICTIONS_FORMAT_VERSION = 1
+ENGINE_FORMAT_VERSION = 1
 
 LeakLevel = Literal["slide", "pixels", "none", "unsplit"]
 LEAK_MEANING: dict[LeakLevel, str] = {
@@ -225,6 +226,39 @@ class BundleManifest(Manifest):
     """File name -> SHA-256."""
     digest: Sha256
     """SHA-256 over the weights and every field that decides a prediction."""
+
+
+class EngineManifest(Manifest):
+    """`engines/<name>/engine.json` of a bundle: another way to run its network, and how far the answers are from torch's."""
+
+    format_version: int
+    created_at: str
+    engine: str
+    bundle_digest: Sha256
+    """Of the bundle that it was made from, and is for."""
+    files: dict[str, Sha256]
+    """File name -> SHA-256."""
+    data_fingerprint: Sha256
+    """Of the data set whose validation rows it was compared with torch on."""
+    validation_rows: int
+    largest_deviation: Annotated[float, Field(ge=0, le=1)]
+    """Largest |probability - torch's probability| of these rows; calibrated probabilities, with the bundle's `tta`."""
+    roc_auc: float | None
+    """On these rows; null where they have one class only."""
+    torch_roc_auc: float | None
+    calibration_rows: int
+    """Training rows that the ranges of an int8 engine were taken from; else 0."""
+    device: Literal["cpu"]
+    """What it runs on."""
+    device_name: str
+    """Where the two rates were measured, in turns, from pixels to logits."""
+    threads: int
+    batch_size: int
+    """Patches per step."""
+    images_per_second: Annotated[float, Field(gt=0)]
+    torch_images_per_second: Annotated[float, Field(gt=0)]
+    library_versions: dict[str, str]
+    git_commit: str | None
 
 
 class Interval(Manifest):
@@ -495,6 +529,11 @@ def read_bundle_manifest(bundle: str | Path) -> BundleManifest:
     return _parse(BundleManifest, local_path(bundle), "bundle.json", "model bundle", BUNDLE_FORMAT_VERSION)
 
 
+def read_engine_manifest(folder: str | Path) -> EngineManifest:
+    """Read `<folder>/engine.json`; raises like `read_dataset_manifest`."""
+    return _parse(EngineManifest, local_path(folder), "engine.json", "whole engine", ENGINE_FORMAT_VERSION)
+
+
 def read_report(folder: str | Path) -> EvaluationReport:
     """Read `<folder>/report.json`; raises like `read_dataset_manifest`."""
     return _parse(EvaluationReport, local_path(folder), "report.json", "evaluation report", REPORT_FORMAT_VERSION)
@@ -517,6 +556,7 @@ def _parse(model: type[ManifestT], folder: Path | Location, name: str, what: str
 SCHEMAS: dict[str, type[Manifest]] = {
     "dataset": DatasetManifest,
     "bundle": BundleManifest,
+    "engine": EngineManifest,
     "report": EvaluationReport,
     "predictions": PredictionsManifest,
 }

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from sentinode.bundle import Bundle
 from sentinode.config import Engine
+from sentinode.engines import load_engine
 from sentinode.errors import ManifestError, PatchError, PatchErrorCode, UsageError
 from sentinode.explain import Explainer
 from sentinode.images import UInt8Array
@@ -25,7 +26,7 @@ class Predictor:
     ----------
     manifest : BundleManifest
     engine : str
-        What runs the network: "torch".
+        What runs the network (`sentinode.engines`); "torch" or one of those in the bundle, never "auto".
     device : str
         "cpu" or "cuda".
     """
@@ -34,8 +35,6 @@ class Predictor:
         if engine not in get_args(Engine):
             raise UsageError(f"engine {engine}: expected one of {', '.join(get_args(Engine))}")
         self.manifest: BundleManifest = bundle.manifest
-        # The one rule of `auto`: the fastest verified engine that is in the bundle. Bundles hold only torch weights so far.
-        self.engine = "torch" if engine == "auto" else engine
         self.device = device
         self._model = build_model(self.manifest.arch, weights="none", input_size_px=self.manifest.input_size_px)
         try:
@@ -43,6 +42,7 @@ class Predictor:
         except RuntimeError as error:
             raise ManifestError(f"{bundle.path}: its weights are not those of a {self.manifest.arch}") from error
         self._model.eval().to(device)
+        self.engine, self._run = load_engine(bundle, engine, device, self._model)
 
     @classmethod
     def load(cls, bundle: str | Path, *, engine: str = "auto", device: str = "cpu") -> "Predictor":
@@ -74,7 +74,7 @@ class Predictor:
             )
         manifest = self.manifest
         return network_logits(
-            self._model,
+            self._run,
             patches,
             input_size_px=manifest.input_size_px,
             mean=manifest.mean,

@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 
 from sentinode.bundle import Bundle
 from sentinode.dataset import PreparedDataset
+from sentinode.engines import verify_engines
 from sentinode.errors import ManifestNotFoundError
 from sentinode.locations import Location, locate
 from sentinode.manifests import read_bundle_manifest, read_predictions_manifest
@@ -13,7 +14,7 @@ from sentinode.storage import sha256_file
 
 
 def verify_folder(path: str | Path | Location) -> tuple[str, list[str]]:
-    """Re-check every checksum and count of a data set (on disk or in an object store), a bundle or a folder of predictions.
+    """Re-check every checksum and count of a data set (on disk or in an object store), a bundle with its engines, or a folder of predictions.
 
     Returns
     -------
@@ -36,7 +37,8 @@ def verify_folder(path: str | Path | Location) -> tuple[str, list[str]]:
         raise ManifestNotFoundError(f"{location}: nothing to verify (no dataset.json there; bundles and predictions are verified on disk only)")
     folder = location.local
     if (folder / "bundle.json").exists():
-        return "model bundle", Bundle(folder, read_bundle_manifest(folder)).verify()
+        bundle = Bundle(folder, read_bundle_manifest(folder))
+        return "model bundle", [*bundle.verify(), *verify_engines(bundle)]
     if (folder / "_manifest.json").exists():
         return "folder of predictions", _verify_predictions(folder)
     raise ManifestNotFoundError(f"{folder}: nothing to verify (no dataset.json, bundle.json or _manifest.json there)")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sentinode import __version__
 
-LIBRARIES = ("ray", "torch", "torchvision", "pyarrow", "pandas", "numpy", "scikit-learn", "pillow")
+LIBRARIES = ("ray", "torch", "torchvision", "pyarrow", "pandas", "numpy", "scikit-learn", "pillow", "onnx", "onnxruntime", "openvino")
 
 
 def library_versions() -> dict[str, str]:
@@ -19,6 +19,16 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+def cpu_name() -> str:
+    """Return the name of this machine's processor, as it calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def git_commit() -> str | None:

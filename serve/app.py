@@ -19,6 +19,7 @@ from ray.serve.schema import LoggingConfig
 
 from sentinode.bundle import Bundle
 from sentinode.config import ServeConfig, parse_config
+from sentinode.engines import choose_engine
 from sentinode.errors import ConfigError, UsageError
 from sentinode.images import UInt8Array
 from sentinode.manifests import BundleManifest
@@ -71,11 +72,15 @@ def build_app(args: ServeArgs) -> ray_serve.Application:
     Raises
     ------
     DeployError
-        No bundle is named, the one named is missing or damaged, or keys are needed and none is configured.
+        No bundle is named, the one named is missing, damaged or without the engine asked for, or keys are needed and none is configured.
     """
     try:
         config = _with_bundle(args)
-        manifest = Bundle.open(config.bundle).manifest
+        bundle = Bundle.open(config.bundle)
+        manifest = bundle.manifest
+        # Chosen here, once, like the digest: replicas on nodes that differ, or that start after an export, answer with the same engine.
+        engine = choose_engine(bundle, config.engine, "cuda" if config.gpus_per_replica > 0 else "cpu")
+        config = ServeConfig(**config.model_dump() | {"engine": engine})
         digests = resolve_key_digests(config.api_keys_file) if config.auth == "keys" else ()
     except UsageError as error:
         raise DeployError(str(error)) from error

@@ -62,7 +62,7 @@ def create_http_app(
     manifest : BundleManifest
         Of the bundle behind `classify`.
     config : ServeConfig
-        Its limits, timeouts and `auth`.
+        Its limits, timeouts and `auth`; its `engine` is the one behind `classify`, as answers say.
     key_digests : sequence of str
         SHA-256 of the keys admitted with `auth: keys`.
     echo_request_id : bool
@@ -70,7 +70,7 @@ def create_http_app(
     """
     app = FastAPI(title="Sentinode", version=__version__, description=_DESCRIPTION, redoc_url=None, redirect_slashes=False)
     engine = _WatchedEngine(classify, manifest)
-    _add_open_routes(app, engine, manifest)
+    _add_open_routes(app, engine, manifest, config)
     _add_protected_routes(app, engine, manifest, config)
     _add_problem_handlers(app)
     # Added last = outermost: unread bodies, then id, deadline and log line, then key, then body limit, then the routes.
@@ -129,8 +129,8 @@ def _documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": what[status], "content": content} for status in statuses}
 
 
-def _add_open_routes(app: FastAPI, engine: _WatchedEngine, manifest: BundleManifest) -> None:
-    health = Health(model=ModelReference.of(manifest))
+def _add_open_routes(app: FastAPI, engine: _WatchedEngine, manifest: BundleManifest, config: ServeConfig) -> None:
+    health = Health(model=ModelReference.of(manifest, config.engine))
 
     @app.get("/", summary="Is it healthy, and which model is it?", tags=["health"], responses=_documented(503, 504))
     async def root() -> Health:
@@ -171,7 +171,7 @@ def _add_protected_routes(app: FastAPI, engine: _WatchedEngine, manifest: Bundle
         data = await file.read()
         # Decoding takes a millisecond or two; on the event loop it would hold up every other request.
         patch = await run_in_threadpool(patch_from_bytes, data, manifest.patch_size_px, config.allow_resize)
-        return Prediction.of(await engine.classify(patch), manifest, request_id_of(request.scope))
+        return Prediction.of(await engine.classify(patch), manifest, config.engine, request_id_of(request.scope))
 
     @app.get("/model", summary="The served model's card", tags=["model"], dependencies=key_schemes, responses=_documented(401))
     async def model() -> ModelCard:

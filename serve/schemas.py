@@ -23,12 +23,14 @@ class ModelReference(Answer):
     name: str = Field(examples=["sentinode"])
     version: str = Field(examples=["1"])
     digest: str = Field(examples=[EXAMPLE_DIGEST])
-    """SHA-256 over the weights and everything else that decides a prediction: equal digests give equal answers."""
+    """SHA-256 over the weights and everything else that decides a prediction: equal digests and engines give equal answers."""
+    engine: str = Field(examples=["torch"])
+    """What ran the network."""
 
     @classmethod
-    def of(cls, manifest: BundleManifest) -> "ModelReference":
-        """The reference of a bundle."""
-        return cls(name=manifest.name, version=manifest.version, digest=manifest.digest)
+    def of(cls, manifest: BundleManifest, engine: str) -> "ModelReference":
+        """The reference of a bundle that an engine runs."""
+        return cls(name=manifest.name, version=manifest.version, digest=manifest.digest, engine=engine)
 
 
 class Probabilities(Answer):
@@ -58,7 +60,7 @@ class Prediction(Answer):
     notice: str = Field(default=RESEARCH_USE_NOTICE, examples=[RESEARCH_USE_NOTICE])
 
     @classmethod
-    def of(cls, decision: Decision, manifest: BundleManifest, request_id: str) -> "Prediction":
+    def of(cls, decision: Decision, manifest: BundleManifest, engine: str, request_id: str) -> "Prediction":
         """Tell one decision."""
         return cls(
             prediction=decision.prediction,  # type: ignore[arg-type]
@@ -67,7 +69,7 @@ class Prediction(Answer):
             threshold=manifest.threshold,
             needs_review=decision.needs_review,
             review_reasons=list(decision.review_reasons),
-            model=ModelReference.of(manifest),
+            model=ModelReference.of(manifest, engine),
             request_id=request_id,
         )
 

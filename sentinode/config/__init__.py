@@ -6,6 +6,7 @@ Read with `load_config`: defaults, then a YAML file or preset, then `key=value` 
 
 from sentinode.config.base import Config, Engine, Fraction, Rgb, Seed
 from sentinode.config.errors import describe_validation_error
+from sentinode.config.export import ExportConfig
 from sentinode.config.inference import EvaluateConfig, PredictConfig
 from sentinode.config.loading import ConfigT, load_config, parse_config, read_yaml_mapping
 from sentinode.config.paths import merge, set_by_path
@@ -27,6 +28,7 @@ __all__ = [
     "Domain",
     "Engine",
     "EvaluateConfig",
+    "ExportConfig",
     "Fraction",
     "Grid",
     "LogUniform",

@@ -9,7 +9,7 @@ Rgb = tuple[float, float, float]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # What every generator that is seeded with it accepts.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Engine = Literal["auto", "torch"]
+Engine = Literal["auto", "torch", "onnxruntime", "openvino", "onnxruntime-int8"]
 
 
 class Config(BaseModel):

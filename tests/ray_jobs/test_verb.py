@@ -108,6 +108,7 @@ def test_an_unknown_preset_names_those_there_are(name: str) -> None:
         (["tune", "--data", "{tmp}", "--out", "{tmp}/s", "--config", "tune_configs/smoke.yaml"], "not a prepared data set: {tmp} "),
         (["evaluate", "--bundle", "{tmp}/none", "--data", "{tmp}", "--out", "{tmp}/r"], "not a model bundle: {tmp}/none (no bundle.json there)"),
         (["predict", "--bundle", "{tmp}/none", "--source", "{tmp}", "--out", "{tmp}/p"], "not a model bundle: {tmp}/none (no bundle.json there)"),
+        (["export", "--bundle", "{tmp}/none", "--data", "{tmp}", "--engine", "openvino"], "not a model bundle: {tmp}/none (no bundle.json there)"),
         (["serve", "--bundle", "{tmp}/none", "--set", "auth=none"], "not a model bundle: {tmp}/none (no bundle.json there)"),
         (["serve", "--bundle", "{tmp}/none", "--set", "max_replica=3"], "unknown key max_replica; did you mean max_replicas?"),
         (["prepare", "--source", "{tmp}/none", "--out", "{tmp}/d"], "{tmp}/none"),
@@ -131,7 +132,7 @@ def test_argparse_errors_exit_with_2(argv: list[str], capsys: pytest.CaptureFixt
     assert stop.value.code == 2
 
 
-@pytest.mark.parametrize("verb", ["prepare", "train", "tune", "evaluate", "predict", "verify", "serve", "synth"])
+@pytest.mark.parametrize("verb", ["prepare", "train", "tune", "evaluate", "predict", "export", "verify", "serve", "synth"])
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         sentinode([verb, "--help"])

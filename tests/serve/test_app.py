@@ -14,6 +14,7 @@ from sentinode.errors import ConfigError, UsageError
 from serve.app import ServeArgs, build_app
 from serve.local import usable_port
 from tests.factories import make_bundle
+from tests.sentinode.test_engines import add_engine
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +58,27 @@ def test_the_bundle_may_be_named_by_the_environment(bundle: str, monkeypatch: py
         build_app(ServeArgs(bundle="/no/such/other", auth="none"))
 
 
+def engine_of(args: ServeArgs) -> str:
+    """What replicas are told."""
+    (config,) = (arg for arg in build_app(args)._bound_deployment.init_args if isinstance(arg, ServeConfig))
+    return config.engine
+
+
+def test_all_replicas_get_the_engine_that_was_chosen_when_the_application_was_built(bundle: str, tmp_path: Path) -> None:
+    assert engine_of(ServeArgs(bundle=bundle, auth="none")) == "torch"
+    made = make_bundle(tmp_path / "bundle")
+    add_engine(made, "onnxruntime", times_as_fast=2.0)
+    for topology in ("fused", "split"):
+        assert engine_of(ServeArgs(bundle=str(made.path), auth="none", topology=topology)) == "onnxruntime"
+    assert engine_of(ServeArgs(bundle=str(made.path), auth="none", gpus_per_replica=1)) == "torch"
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
         ({"auth": "none"}, "bundle: missing; .* SENTINODE_BUNDLE"),
         ({"auth": "none", "bundle": "/no/such"}, "not a model bundle: /no/such"),
+        ({"auth": "none", "bundle": "BUNDLE", "engine": "openvino"}, "no engine openvino in it"),
         ({"auth": "none", "bundle": "s3://bucket/b"}, "s3:// is not supported"),
         ({"bundle": "BUNDLE"}, "sentinode serve --new-key NAME"),
         ({"bundle": "BUNDLE", "api_keys_file": "/no/such"}, "api_keys_file /no/such"),

@@ -38,7 +38,7 @@ def build(predictor: Predictor) -> Callable[..., FastAPI]:
         return predictor.decide(patch[None])[0]
 
     def build(classify: Any = classify, keys: tuple[str, ...] = (), **settings: Any) -> FastAPI:
-        config = ServeConfig(auth="keys" if keys else "none", **settings)
+        config = ServeConfig(auth="keys" if keys else "none", engine="torch", **settings)
         return create_http_app(classify, predictor.manifest, config, [key_digest(key) for key in keys])
 
     return build
@@ -89,7 +89,7 @@ def test_an_answer_equals_the_offline_prediction(client: TestClient, predictor: 
         assert answer["threshold"] == predictor.manifest.threshold
         assert answer["needs_review"] == decision.needs_review
         assert answer["review_reasons"] == list(decision.review_reasons)
-        assert answer["model"] == {"name": "sentinode", "version": "1", "digest": predictor.manifest.digest}
+        assert answer["model"] == {"name": "sentinode", "version": "1", "digest": predictor.manifest.digest, "engine": "torch"}
         assert answer["notice"] == RESEARCH_USE_NOTICE
 
 
