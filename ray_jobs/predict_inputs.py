@@ -124,6 +124,8 @@ def _of_folder(where: Location, entries: list[Entry]) -> Inputs:
     hdf5 = [entry for entry in entries if entry.name in names and entry.name.lower().endswith(_HDF5_SUFFIXES)]
     # Of PatchCamelyon's files, those that hold patches; the others hold labels.
     if hdf5 := [entry for entry in hdf5 if entry.name.endswith("_x.h5")] or hdf5:
+        if image := next((name for name in sorted(names) if name.lower().endswith(IMAGE_SUFFIXES)), None):
+            raise UsageError(f"source {where}: holds both HDF5 files ({hdf5[0].name}) and images ({image}); name one of the two")
         return _of_hdf5(where, where, hdf5)
     if packed := sorted(name for name in names if name.endswith("_x.h5.gz")):
         raise UsageError(f"source {where}: {packed[0]} is compressed; gunzip it first, or make a prepared data set of it, which predict reads too")

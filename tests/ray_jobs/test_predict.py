@@ -168,6 +168,9 @@ def test_hdf5_needs_no_labels(without_ray: list[int], tmp_path: Path) -> None:
     np.testing.assert_allclose([row["logit"] for row in _rows(result)], Predictor(bundle).logits(patches), atol=1e-5)
     one = open_inputs(str(tmp_path / "pcam" / "camelyonpatch_level_2_split_test_x.h5"))
     assert one.table["id"].to_pylist() == [row["id"] for row in _rows(result)]
+    (tmp_path / "pcam" / "one.tif").touch()
+    with pytest.raises(UsageError, match="holds both HDF5 files"):
+        open_inputs(str(tmp_path / "pcam"))
 
 
 def test_a_table_names_inputs_and_its_labels_are_not_read(without_ray: list[int], tmp_path: Path) -> None:
