@@ -54,5 +54,5 @@ def is_pale(patches: UInt8Array) -> npt.NDArray[np.bool_]:
     red, green, blue = (np.ascontiguousarray(patches[..., channel]) for channel in range(3))
     # Plane by plane and in whole numbers: a fifth of the time of `saturation`, or less. Every prediction passes here.
     stained = is_tissue(np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue))
-    pale: npt.NDArray[np.bool_] = ~stained.any(axis=(1, 2))
+    pale: npt.NDArray[np.bool_] = np.logical_not(stained.any(axis=(1, 2)))
     return pale
