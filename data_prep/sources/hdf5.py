@@ -105,13 +105,18 @@ def open_hdf5(location: Location, content: bytes | None = None, *, called: Locat
         yield file
 
 
-def check_pixels(file: h5py.File, where: Location, rows: int, labels: str) -> None:
-    """Raise UsageError unless the file holds `rows` patches of PatchCamelyon's size and type; `labels` names where the number comes from."""
+def count_patches(file: h5py.File, where: Location) -> int:
+    """Return how many patches a file holds; raises UsageError unless they have PatchCamelyon's size and type."""
     found = _dataset(file, PIXELS, where)
     if found.dtype != np.uint8 or found.shape[1:] != (SIDE_PX, SIDE_PX, 3) or len(found.shape) != 4:
         raise UsageError(f"{where}: dataset {PIXELS} is {found.dtype} {found.shape}; expected uint8 (n, {SIDE_PX}, {SIDE_PX}, 3)")
-    if found.shape[0] != rows:
-        raise UsageError(f"{where}: {found.shape[0]} patches, but {labels} has {rows} labels")
+    return int(found.shape[0])
+
+
+def check_pixels(file: h5py.File, where: Location, rows: int, labels: str) -> None:
+    """Raise UsageError unless the file holds `rows` patches of PatchCamelyon's size and type; `labels` names where the number comes from."""
+    if (patches := count_patches(file, where)) != rows:
+        raise UsageError(f"{where}: {patches} patches, but {labels} has {rows} labels")
 
 
 def read_labels(file: h5py.File, where: Location) -> list[int]:

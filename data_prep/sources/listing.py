@@ -61,6 +61,16 @@ def list_images(source: Location, below: str = "", *, recursive: bool) -> Listin
         found = folder.entries(recursive=recursive)
     except OSError as error:
         raise UsageError(f"source {error.filename or folder}: cannot be listed ({error.strerror or error})") from error
+    listing = listing_of(found, prefix)
+    if not listing.names:
+        refused = listing.refused
+        others = f"; {len(refused)} files there are refused: {refused[0].detail}" if refused else ""
+        raise UsageError(f"source {folder}: no images ({', '.join(IMAGE_SUFFIXES)}) there{others}")
+    return listing
+
+
+def listing_of(found: Sequence[Entry], prefix: str = "") -> Listing:
+    """Tell inputs from the rest of a folder's or an archive's content, by name; as `list_images`, which puts `prefix` before the names."""
     accepted: list[Entry] = []
     refused: list[Reject] = []
     lines: list[str] = []
@@ -79,9 +89,6 @@ def list_images(source: Location, below: str = "", *, recursive: bool) -> Listin
             refused.append(Reject(RejectReason.UNREADABLE, stem_of(name), prefix + name, "the object's name below the folder begins with a slash"))
         else:
             accepted.append(entry)
-    if not accepted:
-        others = f"; {len(refused)} files there are refused: {refused[0].detail}" if refused else ""
-        raise UsageError(f"source {folder}: no images ({', '.join(IMAGE_SUFFIXES)}) there{others}")
     return Listing(
         names=[prefix + entry.name for entry in accepted],
         refused=refused,

@@ -33,15 +33,17 @@ class EvaluateConfig(Config):
 
 
 class PredictConfig(Config):
-    """How a bundle is run over a folder of images or a prepared data set."""
+    """How a bundle is run over images: a folder, an archive, a table, HDF5 or a prepared data set."""
 
     engine: Engine = "auto"
     """What runs the network."""
     batch_size: Annotated[int, Field(ge=1)] = 256
-    """Patches per step."""
+    """Patches per forward pass; batches are filled across files."""
+    rows_per_part: Annotated[int, Field(ge=1)] = 2048
+    """Inputs per Parquet part, and the unit that a repeated command does not do again. Best a multiple of `batch_size`."""
     workers: Annotated[int, Field(ge=1)] = 1
-    """Inference actors."""
+    """Inference actors, each with a network of its own. Changes nothing in the output."""
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
-    """CPUs reserved for, and torch threads used by, each actor."""
+    """CPUs reserved for, torch threads used by, and threads that read and decode ahead of the network in each actor."""
     use_gpu: Literal["auto"] | bool = "auto"
     """One GPU per actor; `auto` = where the cluster has enough of them."""

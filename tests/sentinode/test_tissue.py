@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sentinode.images import UInt8Array
-from sentinode.tissue import is_black_or_white, is_pale, saturation, tissue_fraction
+from sentinode.tissue import TISSUE_SATURATION, is_black_or_white, is_pale, saturation, tissue_fraction
 from tests.factories import random_patches
 
 
@@ -43,6 +43,12 @@ def test_saturation_is_that_of_hsv() -> None:
 def test_a_patch_without_image_or_stain_is_told_from_tissue(colour: tuple[int, int, int], blank: bool, pale: bool) -> None:
     assert is_blank(flat(*colour)).tolist() == [blank]
     assert is_pale(flat(*colour)).tolist() == [pale]
+
+
+def test_a_patch_is_pale_by_its_saturation_whatever_the_colour() -> None:
+    high, low = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
+    patches = np.stack([np.minimum(high, low), np.maximum(high, low), np.minimum(high, low)], axis=-1).reshape(-1, 1, 1, 3)
+    assert np.array_equal(is_pale(patches), saturation(patches).max(axis=(1, 2)) < TISSUE_SATURATION)
 
 
 def test_one_stained_pixel_makes_a_patch_not_pale() -> None:
