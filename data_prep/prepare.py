@@ -38,7 +38,7 @@ from data_prep.output import PrepareRequest, belongs_to, is_complete, rejected_a
 from data_prep.overlap_search import search_overlaps
 from data_prep.rejects import Reject, RejectReason, count_reasons, rejects_table
 from data_prep.report import data_card
-from data_prep.shards import PLAN_COLUMNS, channel_statistics, class_weights, count_splits, index_of, place, write_shard
+from data_prep.shards import PLAN_COLUMNS, class_weights, count_splits, index_of, place, training_colours, write_shard
 from data_prep.sources.base import Source
 from data_prep.sources.detect import reader_of
 from data_prep.sources.unpack import unpack
@@ -203,7 +203,7 @@ def _work(request: PrepareRequest, root: str, progress: Progress) -> None:
         write_whole(data / "overlaps.parquet", partial(pq.write_table, grouping.overlaps, compression="zstd"))
         names.append("overlaps.parquet")
     counts = count_splits(placed)
-    mean, std = channel_statistics(placed, config.patch_size_px)
+    mean, std = training_colours(placed, config.patch_size_px)
     manifest = DatasetManifest(
         format_version=DATASET_FORMAT_VERSION,
         root=root,

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep.spool import IntArray, Spool, checksums
+from sentinode.colour import channel_statistics
 from sentinode.config import Rgb
 from sentinode.dataset import INDEX_SCHEMA, column_to_images, images_to_column, row_schema
 from sentinode.errors import SentinodeError
@@ -185,17 +186,9 @@ def class_weights(counts: Mapping[str, SplitCounts]) -> dict[str, float] | None:
     return {"normal": 1.0, "metastatic": train.normal / train.metastatic}
 
 
-def channel_statistics(placed: pa.Table, size_px: int) -> tuple[Rgb, Rgb]:
-    """Return mean and standard deviation per channel, scale 0..1, RGB, of the training split (of all rows where there is none), from exact sums."""
+def training_colours(placed: pa.Table, size_px: int) -> tuple[Rgb, Rgb]:
+    """Return mean and standard deviation per channel, scale 0..1, RGB, of the training split (of all rows where there is none)."""
     train = placed.filter(pc.equal(placed["split"], "train"))
     rows = train if len(train) else placed
-    pixels = len(rows) * size_px * size_px
-    means, stds = [], []
-    # Whole numbers up to the end: E[x^2] - E[x]^2 in floats would lose digits on 2 * 10^9 pixels.
-    totals, square_totals = (
-        [int(total) for total in rows[name].combine_chunks().flatten().to_numpy().reshape(-1, 3).sum(axis=0)] for name in ("sums", "sums_of_squares")
-    )
-    for total, squares in zip(totals, square_totals, strict=True):
-        means.append(total / pixels / 255)
-        stds.append(((squares * pixels - total * total) / (pixels * pixels)) ** 0.5 / 255)
-    return (means[0], means[1], means[2]), (stds[0], stds[1], stds[2])
+    sums, squares = (rows[name].combine_chunks().flatten().to_numpy().reshape(-1, 3) for name in ("sums", "sums_of_squares"))
+    return channel_statistics(sums, squares, size_px * size_px)

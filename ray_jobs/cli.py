@@ -17,6 +17,7 @@ JOBS = {
     "tune": "Search learning rate, unfreeze depth or any other setting",
     "evaluate": "Evaluate a bundle on a split of a prepared data set",
     "predict": "Run a bundle over images: a folder, an archive, a table, HDF5 or a data set",
+    "ensemble": "Combine bundles into one, calibrated on rows that none was trained on",
     "export": "Add an engine to a bundle: ONNX Runtime or OpenVINO",
 }
 """Verbs that are `python -m ray_jobs.<verb>` too."""

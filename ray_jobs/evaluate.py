@@ -35,7 +35,7 @@ from sentinode.explain import overlay
 from sentinode.images import UInt8Array
 from sentinode.inference import VIEWS
 from sentinode.intervals import operating_point, score_metrics
-from sentinode.manifests import LEAK_MEANING, REPORT_FORMAT_VERSION, Comparison, Confusion, EvaluationReport
+from sentinode.manifests import CALIBRATION_MEANING, LEAK_MEANING, REPORT_FORMAT_VERSION, Comparison, Confusion, EvaluationReport
 from sentinode.metrics import IntArray
 from sentinode.pages import data_uri
 from sentinode.predictor import Predictor
@@ -99,7 +99,7 @@ def _rows_of(bundle: Bundle, dataset: PreparedDataset, config: EvaluateConfig, d
     shards, expected = dataset.shards(config.split), dataset.manifest.counts[config.split].rows
     work = partial(_classify_shard, dataset, config, changed_share)
     table = run_units(bundle.path, range(len(shards)), work, config, doing, lambda done: say(f"{doing}: {done}/{expected} patches"))
-    _check_rows(table, dataset, config.split)
+    _check_rows(table, bundle, dataset, config.split)
     index = dataset.index_of(shards, ["id", "slide", "centre"])
     # Shards may have come back in any order: by id, like the rows.
     table, index = table.sort_by("id"), index.sort_by("id")
@@ -142,14 +142,15 @@ def _classify_shard(dataset: PreparedDataset, config: EvaluateConfig, changed_sh
     )
 
 
-def _check_rows(table: pa.Table, dataset: PreparedDataset, split: str) -> None:
+def _check_rows(table: pa.Table, bundle: Bundle, dataset: PreparedDataset, split: str) -> None:
     """Every row of the split exactly once, or no figure at all."""
     expected = dataset.manifest.counts[split].rows
     unique = len(set(table["id"].to_pylist()))
     if table.num_rows != expected or unique != expected:
         raise ManifestError(f"{dataset.path}: {table.num_rows} rows with {unique} ids were read from split {split}; dataset.json says {expected}")
-    if not np.isfinite(table["logit"].to_numpy()).all():
-        raise SentinodeError("the bundle's outputs are not finite for some patches; no report was written")
+    wrong = int((~np.isfinite(table["logit"].to_numpy())).sum())
+    if wrong:
+        raise SentinodeError(f"{bundle.path}: its outputs are not finite for {wrong} of {expected} patches; no report was written")
 
 
 def make_report(rows: EvaluatedRows, engine: str, bundle: Bundle, dataset: PreparedDataset, config: EvaluateConfig) -> EvaluationReport:
@@ -327,8 +328,11 @@ def _warnings(bundle: Bundle, dataset: PreparedDataset, split: str) -> list[str]
         warnings.append(
             f"The threshold's rule was not met on validation: the lower bound of recall there is {rule.bound:.4f}, below {rule.target_recall}."
         )
-    if manifest.data.fingerprint != data.fingerprint:
-        warnings.append("The bundle was trained on another data set; whether patches of this one were among its training rows is not known.")
+    if manifest.calibration_rows != "held_out":
+        warnings.append(CALIBRATION_MEANING[manifest.calibration_rows])
+    if any(network.manifest.data.fingerprint != data.fingerprint for network in bundle.networks()):
+        who = "A member of the bundle" if manifest.members else "The bundle"
+        warnings.append(f"{who} was trained on another data set; whether patches of this one were among its training rows is not known.")
     elif split != "test":
         warnings.append(f"The {split} split took part in making the bundle, so these figures are optimistic.")
     return warnings

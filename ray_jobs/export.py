@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ray_jobs.verb import add_common_arguments, config_from, main_of, say
 from sentinode.bundle import Bundle
@@ -31,7 +30,7 @@ from sentinode.errors import SentinodeError, UsageError
 from sentinode.images import UInt8Array
 from sentinode.manifests import ENGINE_FORMAT_VERSION, BundleManifest, EngineManifest, read_bundle_manifest
 from sentinode.metrics import roc_auc
-from sentinode.model import build_model
+from sentinode.predictor import load_network
 from sentinode.storage import exclusive, publish, sha256_file, staging_path, write_json
 from sentinode.versions import cpu_name, git_commit, library_versions
 
@@ -85,7 +84,7 @@ def export(config: ExportConfig, bundle: str | Path, data: str | Path, engine: s
     fold = manifest.data.fold if is_same_data else None
     rows = _evenly(dataset.read_val(fold), config.validation_rows)
     calibration = _training_pixels(dataset, fold, 0 if kind.is_exact else config.calibration_rows)
-    network = _network(model)
+    network = load_network(model)
     target = engine_folder(model, engine)
     with exclusive(target):
         staging = staging_path(target)
@@ -130,12 +129,6 @@ def export(config: ExportConfig, bundle: str | Path, data: str | Path, engine: s
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     return ExportResult(target, result)
-
-
-def _network(bundle: Bundle) -> nn.Module:
-    network = build_model(bundle.manifest.arch, weights="none", input_size_px=bundle.manifest.input_size_px)
-    network.load_state_dict(bundle.read_weights())
-    return network.eval()
 
 
 def _evenly(patches: Patches, rows: int | None) -> Patches:

@@ -1,4 +1,4 @@
-"""Running a bundle over many patches with Ray Data actors; what evaluate and predict share.
+"""Running a bundle over many patches with Ray Data actors; what evaluate, predict and ensemble share.
 
 The unit of work is a shard of a prepared data set or a part of the predictions. An actor reads it itself, so pixels never pass through the object
 store, and the same unit gives the same numbers whichever actor gets it.
@@ -16,7 +16,7 @@ import torch
 from ray_jobs.cluster import Need, check_capacity, wants_gpus
 from sentinode.allocator import keep_freed_memory
 from sentinode.bundle import Bundle
-from sentinode.config import EvaluateConfig, PredictConfig
+from sentinode.config import EnsembleConfig, EvaluateConfig, PredictConfig
 from sentinode.engines import choose_engine
 from sentinode.errors import SentinodeError, UsageError, one_line, root_of
 from sentinode.predictor import Predictor
@@ -64,7 +64,12 @@ def _to_bytes(table: pa.Table) -> bytes:
 
 
 def run_units(
-    bundle: Path, units: Sequence[int], work: Work, config: EvaluateConfig | PredictConfig, verb: str, show: Callable[[int], None]
+    bundle: Path,
+    units: Sequence[int],
+    work: Work,
+    config: EvaluateConfig | PredictConfig | EnsembleConfig,
+    verb: str,
+    show: Callable[[int], None],
 ) -> pa.Table:
     """Do units of work, by their numbers, on `config.workers` actors and return all their rows, in the order of `units`.
 

@@ -134,7 +134,7 @@ def predict(config: PredictConfig, bundle: str | Path, source: str | Path | Loca
 
 def _plan(config: PredictConfig, model: Bundle, inputs: Inputs) -> dict[str, Any]:
     """Return all that decides what the parts hold; parts of equal plans may stand side by side."""
-    exported = sorted((model.path / "engines").glob("*/engine.json"))
+    exported = sorted(model.path.rglob("engine.json"))
     return {
         "plan_format": _PLAN_FORMAT,
         "sentinode": __version__,
@@ -142,7 +142,7 @@ def _plan(config: PredictConfig, model: Bundle, inputs: Inputs) -> dict[str, Any
         "inputs": inputs.sha256,
         "bundle": model.manifest.digest,
         # What `auto` chooses depends on what is there.
-        "engines": {file.parent.name: sha256_file(file) for file in exported},
+        "engines": {str(file.parent.relative_to(model.path)): sha256_file(file) for file in exported},
         # Not workers: whichever actor makes a part, it is the same. Threads and the size of batches decide how sums are rounded.
         **config.model_dump(mode="json", exclude={"workers", "use_gpu"}),
     }

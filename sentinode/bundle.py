@@ -1,7 +1,14 @@
-"""The bundle: weights and everything needed to use them. The only thing evaluate, predict, export and serve read."""
+"""The bundle: weights and everything needed to use them. The only thing evaluate, predict, export and serve read.
+
+An ensemble is a bundle that holds whole bundles instead of weights:
+
+    <bundle>/bundle.json, model_card.md
+    <bundle>/members/00/bundle.json, model.safetensors ...
+"""
 
 import hashlib
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,11 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from sentinode import CLASS_NAMES
-from sentinode.config import TrainConfig
-from sentinode.errors import ManifestError, UsageError
+from sentinode.config import EnsembleConfig, TrainConfig
+from sentinode.errors import ManifestError, ManifestNotFoundError, UsageError
 from sentinode.manifests import (
     BUNDLE_FORMAT_VERSION,
     BundleManifest,
+    CalibrationRowsKind,
     DataReference,
     DatasetManifest,
     ReferenceStatistics,
@@ -81,16 +89,42 @@ class Bundle:
                 problems.append(f"{name}: missing")
             elif sha256_file(self.path / name) != expected:
                 problems.append(f"{name}: sha256 differs from bundle.json")
-        if WEIGHTS_FILE not in self.manifest.files:
-            problems.append(f"bundle.json lists no {WEIGHTS_FILE}")
+        if (WEIGHTS_FILE in self.manifest.files) == bool(self.manifest.members):
+            problems.append(f"bundle.json lists {'both members and ' if self.manifest.members else 'no '}{WEIGHTS_FILE}")
         elif digest_of(self.manifest.model_dump(mode="json")) != self.manifest.digest:
             problems.append("bundle.json: digest does not match its fields")
         # Fields of the format that this program does not act on yet: better refused than ignored.
         if self.manifest.class_names != CLASS_NAMES:
             problems.append(f"bundle.json: class_names {', '.join(self.manifest.class_names)}; this program knows {', '.join(CLASS_NAMES)} only")
-        if self.manifest.members:
-            problems.append("bundle.json: members: this program does not run ensembles")
+        for number, digest in enumerate(self.manifest.members):
+            problems += self._verify_member(f"members/{number:02d}", digest)
         return problems
+
+    def _verify_member(self, name: str, digest: str) -> list[str]:
+        try:
+            member = Bundle(self.path / name, read_bundle_manifest(self.path / name))
+        except (ManifestError, ManifestNotFoundError) as error:
+            return [f"{name}: {error}"]
+        if member.manifest.digest != digest:
+            return [f"{name}: another bundle than bundle.json lists"]
+        if member.manifest.members:
+            return [f"{name}: an ensemble in an ensemble"]
+        return [f"{name}: {problem}" for problem in member.verify()]
+
+    def networks(self) -> list["Bundle"]:
+        """Return the bundles that hold weights: the members of an ensemble in order, else this one itself.
+
+        Raises
+        ------
+        ManifestNotFoundError, ManifestError
+            A member is gone or was changed since the bundle was opened.
+        """
+        if not self.manifest.members:
+            return [self]
+        members = [Bundle.open(self.path / "members" / f"{number:02d}") for number in range(len(self.manifest.members))]
+        if [member.manifest.digest for member in members] != self.manifest.members:
+            raise ManifestError(f"{self.path}: its members are others than bundle.json lists")
+        return members
 
     def read_weights(self) -> dict[str, torch.Tensor]:
         """Return the weights on the CPU, from the very bytes whose checksum is in the manifest.
@@ -110,8 +144,11 @@ class Bundle:
 
 
 def digest_of(manifest: dict[str, Any]) -> str:
-    """Return the digest of a manifest in its JSON form: SHA-256 over the weights' checksum and every field that decides a prediction."""
-    deciding = {name: manifest[name] for name in _DECIDING_FIELDS} | {"weights": manifest["files"][WEIGHTS_FILE]}
+    """Return the digest of a manifest in its JSON form: SHA-256 over the weights' checksum and every field that decides a prediction.
+
+    An ensemble has no weights; the digests of its members are among the fields.
+    """
+    deciding = {name: manifest[name] for name in _DECIDING_FIELDS} | {"weights": manifest["files"].get(WEIGHTS_FILE)}
     return hashlib.sha256(canonical_json(deciding)).hexdigest()
 
 
@@ -156,50 +193,140 @@ def write_bundle(
     UsageError
         `out` holds something else.
     """
-    target = local_path(out)
+
+    def fill(folder: Path) -> dict[str, str]:
+        # No metadata in the header: the same weights are the same bytes.
+        (folder / WEIGHTS_FILE).write_bytes(save(weights))
+        return {WEIGHTS_FILE: sha256_file(folder / WEIGHTS_FILE)}
+
+    fields: dict[str, Any] = {
+        "name": name,
+        "version": version,
+        "licence": licence,
+        "arch": config.arch,
+        "patch_size_px": dataset.patch_size_px,
+        "input_size_px": config.input_size_px,
+        "spacing_um_px": dataset.spacing_um_px,
+        "mean": list(config.mean),
+        "std": list(config.std),
+        "temperature": temperature,
+        "bias": bias,
+        "threshold": threshold,
+        "threshold_rule": threshold_rule.model_dump(mode="json"),
+        "review": config.review.model_dump(mode="json"),
+        "tta": config.tta,
+        "training_config": config.model_dump(mode="json"),
+        "data": _reference(dataset, config.fold, dataset.split.notes),
+        "metrics": metrics,
+        "reference": reference.model_dump(mode="json"),
+        "calibration_rows": "held_out",
+        "members": [],
+    }
+    return _publish(local_path(out), fields, fill)
+
+
+def write_ensemble(
+    out: str | Path,
+    members: Sequence[Bundle],
+    *,
+    config: EnsembleConfig,
+    dataset: DatasetManifest,
+    temperature: float,
+    bias: float,
+    threshold: float,
+    threshold_rule: ThresholdRule,
+    metrics: dict[str, Any],
+    reference: ReferenceStatistics,
+    calibration_rows: CalibrationRowsKind,
+    notes: list[str],
+    name: str = "sentinode-ensemble",
+    version: str = "1",
+) -> Bundle:
+    """Write an ensemble with copies of its members and their engines; it appears whole or not at all, as with `write_bundle`.
+
+    Parameters
+    ----------
+    members : sequence of Bundle
+        At least one, of one network each, that accept patches of one size.
+    dataset : DatasetManifest
+        What it was calibrated on.
+    temperature, bias : float
+        Applied to the mean of the members' calibrated logits.
+    calibration_rows, notes
+        Of `sentinode.ensemble.calibration_plan`.
+
+    Raises
+    ------
+    UsageError
+        `out` holds something else.
+    ManifestNotFoundError, ManifestError
+        A member was changed while it was copied.
+    """
+    digests = [member.manifest.digest for member in members]
+    first = members[0].manifest
+
+    def fill(folder: Path) -> dict[str, str]:
+        for number, member in enumerate(members):
+            copy = folder / "members" / f"{number:02d}"
+            shutil.copytree(member.path, copy, ignore=shutil.ignore_patterns(".*", "*.staging"))
+            if Bundle.open(copy).manifest.digest != digests[number]:
+                raise ManifestError(f"{member.path}: was replaced by another bundle meanwhile; run the same command again")
+        return {}
+
+    fields: dict[str, Any] = {
+        "name": name,
+        "version": version,
+        "licence": ", ".join(dict.fromkeys(member.manifest.licence for member in members)),
+        "arch": first.arch,
+        "patch_size_px": first.patch_size_px,
+        "input_size_px": first.input_size_px,
+        "spacing_um_px": first.spacing_um_px,
+        "mean": list(first.mean),
+        "std": list(first.std),
+        "temperature": temperature,
+        "bias": bias,
+        "threshold": threshold,
+        "threshold_rule": threshold_rule.model_dump(mode="json"),
+        "review": config.review.model_dump(mode="json"),
+        "tta": min(member.manifest.tta for member in members),
+        "training_config": config.model_dump(mode="json"),
+        "data": _reference(dataset, None, [*dataset.split.notes, *notes]),
+        "metrics": metrics,
+        "reference": reference.model_dump(mode="json"),
+        "calibration_rows": calibration_rows,
+        "members": digests,
+    }
+    return _publish(local_path(out), fields, fill)
+
+
+def check_replaceable(target: Path) -> None:
+    """Raise UsageError where something else than a bundle, or an empty folder, stands at `target`."""
+    if target.exists() and not (target / "bundle.json").exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"{target} exists and is not a model bundle")
+
+
+def _reference(dataset: DatasetManifest, fold: int | None, notes: list[str]) -> dict[str, Any]:
+    return DataReference(
+        fingerprint=dataset.fingerprint, split_method=dataset.split.method, leak_level=dataset.leak_level, fold=fold, notes=notes
+    ).model_dump(mode="json")
+
+
+def _publish(target: Path, fields: dict[str, Any], fill: Callable[[Path], dict[str, str]]) -> Bundle:
+    """Publish a folder that `fill` has filled, which returns the checksums of its files, with its card and manifest."""
     with exclusive(target):
-        if target.exists() and not (target / "bundle.json").exists() and (not target.is_dir() or any(target.iterdir())):
-            raise UsageError(f"{target} exists and is not a model bundle")
+        check_replaceable(target)
         staging = staging_path(target)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        # No metadata in the header: the same weights are the same bytes.
-        (staging / WEIGHTS_FILE).write_bytes(save(weights))
-        fields: dict[str, Any] = {
+        fields |= {
             "format_version": BUNDLE_FORMAT_VERSION,
-            "name": name,
-            "version": version,
             "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "licence": licence,
-            "arch": config.arch,
             "class_names": list(CLASS_NAMES),
-            "patch_size_px": dataset.patch_size_px,
-            "input_size_px": config.input_size_px,
-            "spacing_um_px": dataset.spacing_um_px,
             "channel_order": "RGB",
-            "mean": list(config.mean),
-            "std": list(config.std),
-            "temperature": temperature,
-            "bias": bias,
-            "threshold": threshold,
-            "threshold_rule": threshold_rule.model_dump(mode="json"),
-            "review": config.review.model_dump(mode="json"),
-            "tta": config.tta,
-            "training_config": config.model_dump(mode="json"),
-            "data": DataReference(
-                fingerprint=dataset.fingerprint,
-                split_method=dataset.split.method,
-                leak_level=dataset.leak_level,
-                fold=config.fold,
-                notes=dataset.split.notes,
-            ).model_dump(mode="json"),
-            "metrics": metrics,
-            "reference": reference.model_dump(mode="json"),
             "git_commit": git_commit(),
             "library_versions": library_versions(),
-            "members": [],
+            "files": fill(staging),
         }
-        fields["files"] = {WEIGHTS_FILE: sha256_file(staging / WEIGHTS_FILE)}
         # Through the manifest, as a reader will see the fields: a temperature of 1 is 1.0 there.
         fields["digest"] = digest_of(BundleManifest(**fields, digest="0" * 64).model_dump(mode="json"))
         write_text_atomic(staging / CARD_FILE, model_card(fields))

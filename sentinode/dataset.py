@@ -153,7 +153,7 @@ class PreparedDataset:
             The data set has no rows in that split.
         """
         shards = [shard for shard in self.manifest.shards if shard.split == split]
-        if not shards:
+        if not any(shard.rows for shard in shards):
             raise UsageError(f"{self.path}: no rows in split {split!r}; it has {', '.join(self.manifest.counts)}")
         return shards
 

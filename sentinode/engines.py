@@ -5,6 +5,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from types import ModuleType
 
 import numpy as np
@@ -66,7 +67,7 @@ def choose_engine(bundle: Bundle, engine: str, device: str) -> str:
     """Return the name of the engine that runs a bundle: the one rule of evaluate, predict and serve.
 
     A name is taken at its word. "auto" is the engine in the bundle that was most times as fast as torch when it was exported, of those whose library
-    is installed, that run on `device` and compute in float32; torch where none was faster.
+    is installed, that run on `device` and compute in float32; torch where none was faster. Of an ensemble, all members run on the same engine.
 
     Parameters
     ----------
@@ -85,40 +86,45 @@ def choose_engine(bundle: Bundle, engine: str, device: str) -> str:
     """
     if engine == TORCH:
         return TORCH
+    networks = bundle.networks()
     if engine != "auto":
-        if not engine_folder(bundle, engine).exists():
-            raise UsageError(f"{bundle.path}: no engine {engine} in it; `sentinode export --engine {engine}` adds it")
-        read_engine(bundle, engine)
+        for network in networks:
+            if not engine_folder(network, engine).exists():
+                raise UsageError(f"{network.path}: no engine {engine} in it; `sentinode export --engine {engine}` adds it")
+            read_engine(network, engine)
         if ENGINES[engine].device != device:
             raise UsageError(f"engine {engine} runs on {ENGINES[engine].device}, not on {device}; use engine torch there")
         library_of(engine)
         return engine
     # Rates of different exports may be of different machines and batch sizes; how many times as fast as torch on the same one can be compared.
-    speeds = {TORCH: 1.0}
+    times = {TORCH: 1.0}
     for name, kind in ENGINES.items():
-        if engine_folder(bundle, name).exists():
-            manifest = read_engine(bundle, name)
-            if kind.is_exact and kind.device == device and _is_installed(name):
-                speeds[name] = manifest.images_per_second / manifest.torch_images_per_second
-    return max(speeds, key=lambda name: speeds[name])
+        manifests = [read_engine(network, name) for network in networks if engine_folder(network, name).exists()]
+        if len(manifests) == len(networks) and kind.is_exact and kind.device == device and _is_installed(name):
+            times[name] = fmean(manifest.torch_images_per_second / manifest.images_per_second for manifest in manifests)
+    return min(times, key=lambda name: times[name])
 
 
-def load_engine(bundle: Bundle, engine: str, device: str, model: Run) -> tuple[str, Run]:
-    """Choose the engine and make it ready, with as many threads as torch has in this process.
+def load_engine(network: Bundle, engine: str, model: Run) -> Run:
+    """Make the engine of one network ready, with as many threads as torch has in this process.
 
     Parameters
     ----------
-    bundle, engine, device
-        As for `choose_engine`, whose errors this raises.
+    network : Bundle
+        With weights of its own.
+    engine : str
+        What `choose_engine` returned.
     model : nn.Module
-        The network in torch, on `device`, in eval mode.
+        The network in torch, on its device, in eval mode.
 
-    Returns
-    -------
-    (name, run)
+    Raises
+    ------
+    ManifestError
+        The engine is damaged.
+    UsageError
+        Its library is not installed.
     """
-    name = choose_engine(bundle, engine, device)
-    return name, model if name == TORCH else engine_run(name, _read_files(bundle, name))
+    return model if engine == TORCH else engine_run(engine, _read_files(network, engine))
 
 
 def engine_run(engine: str, files: dict[str, bytes]) -> Run:

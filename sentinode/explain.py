@@ -69,6 +69,27 @@ class Explainer:
         return result
 
 
+class EnsembleExplainer:
+    """The mean of several networks' maps.
+
+    Attributes
+    ----------
+    layer : str
+        Stage and size of each kind of map, for people.
+    """
+
+    def __init__(self, explainers: list[Explainer]) -> None:
+        self._explainers = explainers
+        self.layer = ", ".join(dict.fromkeys(explainer.layer for explainer in explainers))
+
+    def maps(self, patches: UInt8Array) -> npt.NDArray[np.float32]:
+        """Return the mean of the networks' maps, scaled to its own largest value; parameters and result as for `Explainer.maps`."""
+        mean = np.mean([explainer.maps(patches) for explainer in self._explainers], axis=0, dtype=np.float32)
+        largest = mean.max(axis=(1, 2), keepdims=True)
+        scaled: npt.NDArray[np.float32] = np.divide(mean, largest, out=np.zeros_like(mean), where=largest > 0)
+        return scaled
+
+
 def overlay(patch: UInt8Array, heat: npt.NDArray[np.float32]) -> UInt8Array:
     """Return a patch, uint8 (h, w, 3), RGB, under its map, float32 (h, w), 0..1: red where the map is high, blue where it is low."""
     from pytorch_grad_cam.utils.image import show_cam_on_image

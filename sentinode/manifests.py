@@ -22,6 +22,18 @@ PREDICTIONS_FORMAT_VERSION = 1
 ENGINE_FORMAT_VERSION = 1
 
 LeakLevel = Literal["slide", "pixels", "none", "unsplit"]
+CalibrationRowsKind = Literal["held_out", "out_of_fold", "unknown"]
+CALIBRATION_MEANING: dict[CalibrationRowsKind, str] = {
+    "held_out": "Calibration and threshold come from rows that no network in it was trained on.",
+    "out_of_fold": (
+        "No rows were kept from all members. Calibration and threshold come from rows that were judged only by the members not trained on them: by "
+        "fewer networks than will judge, so that probabilities are rather too timid."
+    ),
+    "unknown": (
+        "Calibration and threshold come from rows that a network in it may have been trained on: it began from weights, or was trained on a data "
+        "set, whose rows are not known here."
+    ),
+}
 LEAK_MEANING: dict[LeakLevel, str] = {
     "slide": "No slide has patches in more than one split.",
     "pixels": (
@@ -221,11 +233,15 @@ class BundleManifest(Manifest):
     reference: ReferenceStatistics
     git_commit: str | None
     library_versions: dict[str, str]
-    members: list[str]
+    calibration_rows: CalibrationRowsKind = "held_out"
+    """Whether a network in the bundle was trained on the rows that temperature, bias and threshold were fitted on (`CALIBRATION_MEANING`)."""
+    members: list[Sha256]
+    """Of an ensemble: the digests of its members, which lie in members/00, members/01 ... and keep their own temperature and bias. Its logit is the
+    mean of theirs; `arch`, `input_size_px`, `mean` and `std` are the first one's, for people."""
     files: dict[str, Sha256]
     """File name -> SHA-256."""
     digest: Sha256
-    """SHA-256 over the weights and every field that decides a prediction."""
+    """SHA-256 over the weights, or the members' digests, and every field that decides a prediction."""
 
 
 class EngineManifest(Manifest):

@@ -5,17 +5,18 @@ from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from sentinode.bundle import Bundle
 from sentinode.config import Engine
-from sentinode.engines import load_engine
+from sentinode.engines import choose_engine, load_engine
 from sentinode.errors import ManifestError, PatchError, PatchErrorCode, UsageError
-from sentinode.explain import Explainer
+from sentinode.explain import EnsembleExplainer, Explainer
 from sentinode.images import UInt8Array
 from sentinode.inference import network_logits
 from sentinode.manifests import BundleManifest
 from sentinode.model import build_model
-from sentinode.probability import Decision, decide
+from sentinode.probability import Decision, calibrated_logit, decide
 from sentinode.tissue import is_pale
 
 
@@ -26,7 +27,7 @@ class Predictor:
     ----------
     manifest : BundleManifest
     engine : str
-        What runs the network (`sentinode.engines`); "torch" or one of those in the bundle, never "auto".
+        What runs the network, or all members of an ensemble (`sentinode.engines`); "torch" or one of those in the bundle, never "auto".
     device : str
         "cpu" or "cuda".
     """
@@ -36,13 +37,8 @@ class Predictor:
             raise UsageError(f"engine {engine}: expected one of {', '.join(get_args(Engine))}")
         self.manifest: BundleManifest = bundle.manifest
         self.device = device
-        self._model = build_model(self.manifest.arch, weights="none", input_size_px=self.manifest.input_size_px)
-        try:
-            self._model.load_state_dict(bundle.read_weights())
-        except RuntimeError as error:
-            raise ManifestError(f"{bundle.path}: its weights are not those of a {self.manifest.arch}") from error
-        self._model.eval().to(device)
-        self.engine, self._run = load_engine(bundle, engine, device, self._model)
+        self.engine = choose_engine(bundle, engine, device)
+        self._networks = [_Network(network, self.engine, device) for network in bundle.networks()]
 
     @classmethod
     def load(cls, bundle: str | Path, *, engine: str = "auto", device: str = "cpu") -> "Predictor":
@@ -50,7 +46,7 @@ class Predictor:
         return cls(Bundle.open(bundle), engine=engine, device=device)
 
     def logits(self, patches: UInt8Array, batch_size: int = 256) -> npt.NDArray[np.float32]:
-        """Return z1 - z0.
+        """Return z1 - z0; of an ensemble the mean of its members' calibrated logits.
 
         Parameters
         ----------
@@ -72,22 +68,19 @@ class Predictor:
             raise PatchError(
                 PatchErrorCode.WRONG_SIZE, f"got {patches.dtype} patches of shape {patches.shape[1:]}; expected uint8 ({side}, {side}, 3)"
             )
-        manifest = self.manifest
-        return network_logits(
-            self._run,
-            patches,
-            input_size_px=manifest.input_size_px,
-            mean=manifest.mean,
-            std=manifest.std,
-            tta=manifest.tta,
-            batch_size=batch_size,
-            device=self.device,
-        )
+        logits = [network.logits(patches, batch_size) for network in self._networks]
+        if not self.manifest.members:
+            return logits[0]
+        calibrated = [
+            calibrated_logit(each, network.manifest.temperature, network.manifest.bias) for each, network in zip(logits, self._networks, strict=True)
+        ]
+        mean: npt.NDArray[np.float32] = np.mean(calibrated, axis=0).astype(np.float32)
+        return mean
 
-    def explainer(self) -> Explainer:
-        """Return Grad-CAM of the torch network, whatever engine runs it; raises UsageError where there is none for its kind."""
-        manifest = self.manifest
-        return Explainer(self._model, input_size_px=manifest.input_size_px, mean=manifest.mean, std=manifest.std)
+    def explainer(self) -> Explainer | EnsembleExplainer:
+        """Return Grad-CAM of the torch networks, whatever engine runs them; raises UsageError where there is none for their kind."""
+        explainers = [network.explainer() for network in self._networks]
+        return EnsembleExplainer(explainers) if self.manifest.members else explainers[0]
 
     def decide(self, patches: UInt8Array, batch_size: int = 256) -> list[Decision]:
         """Return one Decision per patch, in order; parameters and errors as for `logits`."""
@@ -100,3 +93,47 @@ class Predictor:
             review=manifest.review,
             pale=is_pale(patches),
         )
+
+
+class _Network:
+    """One loaded network: that of a bundle, or of a member."""
+
+    def __init__(self, bundle: Bundle, engine: str, device: str) -> None:
+        self.manifest = bundle.manifest
+        self._device = device
+        self._model = load_network(bundle).to(device)
+        self._run = load_engine(bundle, engine, self._model)
+
+    def logits(self, patches: UInt8Array, batch_size: int) -> npt.NDArray[np.float32]:
+        manifest = self.manifest
+        return network_logits(
+            self._run,
+            patches,
+            input_size_px=manifest.input_size_px,
+            mean=manifest.mean,
+            std=manifest.std,
+            tta=manifest.tta,
+            batch_size=batch_size,
+            device=self._device,
+        )
+
+    def explainer(self) -> Explainer:
+        manifest = self.manifest
+        return Explainer(self._model, input_size_px=manifest.input_size_px, mean=manifest.mean, std=manifest.std)
+
+
+def load_network(bundle: Bundle) -> nn.Module:
+    """Return the network of a bundle that holds weights, on the CPU, in eval mode.
+
+    Raises
+    ------
+    ManifestError
+        The weights changed since the bundle was opened, or are those of another architecture.
+    """
+    manifest = bundle.manifest
+    model = build_model(manifest.arch, weights="none", input_size_px=manifest.input_size_px)
+    try:
+        model.load_state_dict(bundle.read_weights())
+    except RuntimeError as error:
+        raise ManifestError(f"{bundle.path}: its weights are not those of a {manifest.arch}") from error
+    return model.eval()

@@ -38,7 +38,12 @@ def verify_folder(path: str | Path | Location) -> tuple[str, list[str]]:
     folder = location.local
     if (folder / "bundle.json").exists():
         bundle = Bundle(folder, read_bundle_manifest(folder))
-        return "model bundle", [*bundle.verify(), *verify_engines(bundle)]
+        problems = bundle.verify()
+        if not problems or not bundle.manifest.members:
+            for network in bundle.networks():
+                inside = network.path.relative_to(folder)
+                problems += [f"{inside}: {problem}" if bundle.manifest.members else problem for problem in verify_engines(network)]
+        return "ensemble" if bundle.manifest.members else "model bundle", problems
     if (folder / "_manifest.json").exists():
         return "folder of predictions", _verify_predictions(folder)
     raise ManifestNotFoundError(f"{folder}: nothing to verify (no dataset.json, bundle.json or _manifest.json there)")

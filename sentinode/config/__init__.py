@@ -5,6 +5,7 @@ Read with `load_config`: defaults, then a YAML file or preset, then `key=value` 
 """
 
 from sentinode.config.base import Config, Engine, Fraction, Rgb, Seed
+from sentinode.config.ensemble import EnsembleConfig
 from sentinode.config.errors import describe_validation_error
 from sentinode.config.export import ExportConfig
 from sentinode.config.inference import EvaluateConfig, PredictConfig
@@ -27,6 +28,7 @@ __all__ = [
     "ConfigT",
     "Domain",
     "Engine",
+    "EnsembleConfig",
     "EvaluateConfig",
     "ExportConfig",
     "Fraction",

@@ -1,11 +1,17 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
+from ray import cloudpickle
 
+from ray_jobs import ensemble, evaluate
 from ray_jobs.train import TrainResult, train
 from sentinode.config import TrainConfig
 from sentinode.dataset import PreparedDataset
+from sentinode.predictor import Predictor
 from tests.factories import make_dataset
 
 QUICK = {"arch": "resnet18", "weights": "none", "unfreeze_depth": 5, "input_size_px": 32, "epochs": 2, "batch_size": 16, "learning_rate": 1e-3}
@@ -22,6 +28,19 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
 def trained(ray_session: None, dataset: PreparedDataset, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     """The result of one run with two DDP workers, shared by the tests that only read it."""
     return train(TrainConfig(**QUICK, workers=2), dataset.path, tmp_path_factory.mktemp("jobs") / "run")
+
+
+@pytest.fixture
+def units_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`evaluate` and `ensemble` do their units in this process, without Ray, but as if sent to another one."""
+
+    def run_units(bundle: Path, units: list[int], work: Callable[[Predictor, int], pa.Table], *_: Any) -> pa.Table:
+        sent, predictor = cloudpickle.loads(cloudpickle.dumps(work)), Predictor.load(bundle)
+        return pa.concat_tables([sent(predictor, unit) for unit in units])
+
+    for module in (ensemble, evaluate):
+        monkeypatch.setattr(module, "run_units", run_units)
+        monkeypatch.setattr(module, "connected", lambda *_, **__: nullcontext())
 
 
 @pytest.fixture

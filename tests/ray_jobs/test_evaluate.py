@@ -11,7 +11,7 @@ from ray_jobs.evaluation_report import METRICS, Example, Pictures, render
 from ray_jobs.train import TrainResult
 from sentinode.config import EvaluateConfig, ReviewRule
 from sentinode.dataset import PreparedDataset
-from sentinode.errors import UsageError
+from sentinode.errors import ManifestError, SentinodeError, UsageError
 from sentinode.evaluation import EvaluatedRows, review
 from sentinode.manifests import read_report
 from sentinode.predictor import Predictor
@@ -182,3 +182,23 @@ def test_patches_of_another_size_are_refused(dataset: PreparedDataset, tmp_path:
     bundle = make_bundle(tmp_path / "bundle", patch_size_px=64)
     with pytest.raises(UsageError, match="holds patches of 96 px; the bundle accepts 64 px"):
         evaluate(EvaluateConfig(), bundle.path, dataset.path, tmp_path / "report")
+
+
+def test_outputs_that_are_no_numbers_make_no_report(
+    units_in_process: None, dataset: PreparedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Predictor, "logits", lambda self, patches, batch_size: np.full(len(patches), np.nan, np.float32))
+    with pytest.raises(SentinodeError, match=r"bundle: its outputs are not finite for 43 of 43 patches; no report was written"):
+        evaluate(EvaluateConfig(robustness_rows=0), make_bundle(tmp_path / "bundle").path, dataset.path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_split_and_another_format_are_one_line(dataset: PreparedDataset, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle").path
+    without_test = make_dataset(tmp_path / "data", train=10, val=5, test=0)
+    with pytest.raises(UsageError, match="no rows in split 'test'"):
+        evaluate(EvaluateConfig(), bundle, without_test.path, tmp_path / "out")
+    file = without_test.path / "dataset.json"
+    file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 9'))
+    with pytest.raises(ManifestError, match="format version 9 is newer than"):
+        evaluate(EvaluateConfig(), bundle, without_test.path, tmp_path / "out")

@@ -241,7 +241,7 @@ def test_a_newer_format_is_refused(folder: Path) -> None:
             lambda content: content.update(class_names=["Metastatic", "Normal"]),
             "class_names Metastatic, Normal; this program knows Normal, Metastatic",
         ),
-        (lambda content: content.update(members=["a"]), "members: this program does not run ensembles"),
+        (lambda content: content.update(members=["0" * 64]), "bundle.json lists both members and model.safetensors"),
         (lambda content: content.update(tta=2), "tta: "),
         (lambda content: content.update(channel_order="BGR"), "channel_order: "),
         (lambda content: content.update(temperature=0), "temperature: "),
@@ -299,3 +299,22 @@ def test_the_card_tells_how_the_network_was_trained_and_what_a_missed_target_mea
     card = (write(tmp_path / "bundle", weights).path / "model_card.md").read_text()
     assert "weights none" in card
     assert "the largest whose validation recall itself is at least 0.95" in card
+
+
+def test_the_card_shows_figures_with_intervals_and_what_they_mean_elsewhere(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    value = {"value": 0.0612, "patch_interval": {"low": 0.05, "high": 0.07}, "group_interval": {"low": 0.0414, "high": 0.0815}}
+    metrics = {
+        "rows": 750,
+        "groups": 700,
+        "roc_auc": 0.9352,
+        "recall": 0.95,
+        "specificity": None,
+        "group_intervals": {"roc_auc": [0.9119, 0.9542], "recall": [0.9, 1.0], "specificity": [None, None]},
+        "at_prevalences": [{"prevalence": 0.01, "ppv": value, "npv": value | {"value": 0.9991}}],
+    }
+    card = (write(tmp_path / "bundle", weights, metrics=metrics).path / "model_card.md").read_text()
+    assert "| ROC-AUC | 0.9352 | 0.9119 to 0.9542 |" in card
+    assert "| specificity at the threshold | not defined | not defined |" in card
+    assert "| 1 % | 0.0612 (0.0414 to 0.0815) | 0.9991 (0.0414 to 0.0815) |" in card
+    for section in ("Intended use", "Prevalence", "Limits", "licence"):
+        assert section in card

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from sentinode.bundle import Bundle
+from sentinode.colour import channel_statistics
 from sentinode.dataset import Patches
 from sentinode.errors import TrainingError, UsageError
-from sentinode.finishing import channel_statistics, finish_bundle, split_calibration
+from sentinode.finishing import Looks, finish_bundle, split_calibration
 from sentinode.metrics import roc_auc
 from sentinode.model import state_for_storage
 from sentinode.predictor import Predictor
@@ -83,12 +84,13 @@ def test_a_network_whose_outputs_are_not_numbers_becomes_no_bundle(tmp_path: Pat
 def test_channel_statistics_are_exact_and_take_little_memory() -> None:
     images = np.random.default_rng(0).integers(0, 256, (1300, 32, 32, 3), np.uint8) // np.array([1, 2, 3], np.uint8)
     tracemalloc.start()
-    mean, std = channel_statistics(images)
+    looks = Looks.of(images)
+    mean, std = channel_statistics(looks.sums, looks.sums_of_squares, looks.pixels_per_patch)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     np.testing.assert_allclose(mean, images.mean(axis=(0, 1, 2)) / 255, rtol=1e-12)
     np.testing.assert_allclose(std, images.reshape(-1, 3).std(axis=0) / 255, rtol=1e-12)
-    assert peak < 512 * 32 * 32 * (8 + 2), "more than one channel of some hundred patches was held as 8-byte numbers"
+    assert peak < 512 * 32 * 32 * 12, "more than some planes of some hundred patches were held at a time"
 
 
 def test_without_a_fraction_all_rows_choose_and_calibrate() -> None:
