@@ -156,9 +156,9 @@ def _notes(names: list[str], member: IntArray, counts: Mapping[str, Counts], sha
             continue
         if not rows[inside].sum(axis=0).all() and rows.sum(axis=0).all():
             notes.append(f"{what} {name} holds patches of one class only: {reason}")
-        for text, own, whole in _traits(rows, sizes, inside):
-            if abs(own - whole) > TOLERANCE:
-                notes.append(f"{what} {name}: {own:.1%} of the rows are {text}, {whole:.1%} of the whole; {reason}")
+        traits = _traits(rows, sizes, inside)
+        if apart := [f"{own:.1%} are {text} (of all {whole:.1%})" for text, own, whole in traits if abs(own - whole) > TOLERANCE]:
+            notes.append(f"{what} {name}: of its rows {', '.join(apart)}; {reason}")
         if abs(size / total - ratio) > TOLERANCE:
             notes.append(f"{what} {name} holds {size / total:.1%} of the rows, {ratio:.1%} was asked; {reason}")
     return notes
