@@ -48,6 +48,9 @@ def ensemble(config: EnsembleConfig, bundles: Sequence[str | Path], data: str | 
     members, dataset, target = [Bundle.open(path) for path in bundles], PreparedDataset.open(data), local_path(out)
     check_members(members)
     check_replaceable(target)
+    for member in members:
+        if target == member.path or target in member.path.parents or member.path in target.parents:
+            raise UsageError(f"{target}: the ensemble would replace its member {member.path}, or lie in it; use another --out")
     if dataset.manifest.patch_size_px != members[0].manifest.patch_size_px:
         sizes = f"holds patches of {dataset.manifest.patch_size_px} px; the bundles accept {members[0].manifest.patch_size_px} px"
         raise UsageError(f"{dataset.path} {sizes}")

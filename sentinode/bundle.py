@@ -131,9 +131,13 @@ class Bundle:
 
         Raises
         ------
+        UsageError
+            The bundle is an ensemble, which has none of its own.
         ManifestError
             The file changed since the bundle was opened, or holds no tensors.
         """
+        if self.manifest.members:
+            raise UsageError(f"{self.path}: an ensemble, without weights of its own; name one of its members, {self.path / 'members' / '00'}")
         data = (self.path / WEIGHTS_FILE).read_bytes()
         if hashlib.sha256(data).hexdigest() != self.manifest.files[WEIGHTS_FILE]:
             raise ManifestError(f"{self.path / WEIGHTS_FILE}: sha256 differs from bundle.json")

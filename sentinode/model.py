@@ -148,7 +148,9 @@ def _read_state(path: Path, source: str) -> dict[str, torch.Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UsageError(f"weights {source}: no such file; expected imagenet, none, a .safetensors or .pth file, or a bundle folder") from error
+        raise UsageError(
+            f"weights {source}: no such file; expected imagenet, none, a .safetensors or .pth file, or a bundle (no ensemble)"
+        ) from error
     except UnpicklingError as error:
         raise UsageError(f"weights {source}: refused, the file is damaged or holds more than tensors") from error
     except _DAMAGE as error:

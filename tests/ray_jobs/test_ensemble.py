@@ -105,3 +105,12 @@ def test_something_else_at_out_is_left_alone(tmp_path: Path, capsys: pytest.Capt
     argv = ["--bundles", *(str(member.path) for member in members), "--data", str(data.path), "--out", str(tmp_path)]
     assert main(argv) == 2
     assert "exists and is not a model bundle" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["a", "a/inside"])
+def test_a_member_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str) -> None:
+    data = make_dataset(tmp_path / "data", train=10, val=10, test=2)
+    members = [make_bundle(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    assert main(["--bundles", *(str(member.path) for member in members), "--data", str(data.path), "--out", str(tmp_path / out)]) == 2
+    assert "the ensemble would replace its member" in capsys.readouterr().err
+    assert Bundle.open(tmp_path / "a").manifest == members[0].manifest

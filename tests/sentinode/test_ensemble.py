@@ -15,6 +15,7 @@ from sentinode.ensemble import calibration_plan, check_members, mean_logits
 from sentinode.errors import ManifestError, UsageError
 from sentinode.explain import EnsembleExplainer
 from sentinode.manifests import DataReference, ReferenceStatistics, ThresholdRule
+from sentinode.model import initial_state
 from sentinode.predictor import Predictor
 from sentinode.probability import calibrated_logit, calibrated_probability
 from sentinode.verify import verify_folder
@@ -82,6 +83,13 @@ def test_an_ensemble_stands_alone_and_verifies_itself(folder: Path, members: lis
     card = (moved / "model_card.md").read_text()
     assert "An ensemble of 2 networks" in card
     assert members[1].manifest.digest[:12] in card
+
+
+def test_an_ensemble_has_no_weights_to_begin_from(folder: Path) -> None:
+    with pytest.raises(UsageError, match="an ensemble, without weights of its own; name one of its members"):
+        Bundle.open(folder).read_weights()
+    with pytest.raises(UsageError, match="or a bundle .no ensemble"):
+        initial_state("resnet18", str(folder), input_size_px=32)
 
 
 def test_its_digest_follows_its_members_their_order_and_its_calibration(members: list[Bundle], tmp_path: Path) -> None:

@@ -273,7 +273,7 @@ def test_a_file_with_code_in_it_is_refused_and_nothing_runs(tmp_path: Path, save
 def test_weights_that_are_not_there_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty-folder").mkdir()
-    assert refusal(weights) == f"weights {weights}: no such file; expected imagenet, none, a .safetensors or .pth file, or a bundle folder"
+    assert refusal(weights) == f"weights {weights}: no such file; expected imagenet, none, a .safetensors or .pth file, or a bundle (no ensemble)"
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
