@@ -109,6 +109,8 @@ def _start_local(need_cpus: float, verbose: bool, noise: dict[str, Any]) -> None
         # Ray then turns token authentication on by itself, and without a token at hand would write one to the user's home.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # Ray warns on the terminal when four times this many of its processes start at once; a small sweep does.
+    # Ray would tell its makers which libraries are used here, and on what.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(4, os.cpu_count() or 1)))
     # Every process of this Ray must know which Ray it belongs to. Left alone, Ray Train's clean-up asks the newest one on the machine whether its
     # run is alive, and takes the workers of a run away when it is told of no such run. So the address is settled, and told, before the start.

@@ -2,6 +2,8 @@
 
 import hashlib
 import importlib
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,8 +161,15 @@ def verify_engines(bundle: Bundle) -> list[str]:
 
 
 def library_of(engine: str) -> ModuleType:
-    """Import what runs an engine; raises UsageError where it is not installed."""
+    """Import what runs an engine, without its telemetry; raises UsageError where it is not installed.
+
+    Nothing else imports these libraries: left alone, both write an identifier into the home folder, and send it and what the machine is to their
+    makers, as soon as they are imported.
+    """
     kind = ENGINES[engine]
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    # OpenVINO has a stub for where this module is missing. Somebody who imported it before has decided otherwise.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         return importlib.import_module(kind.library)
     except ImportError as error:

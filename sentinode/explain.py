@@ -1,5 +1,11 @@
 """Where a network looked: Grad-CAM of the difference between both logits."""
 
+import importlib
+import os
+import sys
+from tempfile import TemporaryDirectory
+from types import ModuleType
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -57,11 +63,9 @@ class Explainer:
         ndarray of float32, shape (n, side, side), 0..1
             Each scaled to its own largest value; 0 everywhere where nothing does. Interpolated from the stage's map.
         """
-        # Here, as below: it brings matplotlib, which writes into the home folder when it is imported.
-        from pytorch_grad_cam import GradCAM
-
+        grad_cam_class = _grad_cam().GradCAM
         result = np.zeros(patches.shape[:3], np.float32)
-        with GradCAM(model=self._network, target_layers=[self._network[self._stage]]) as grad_cam:
+        with grad_cam_class(model=self._network, target_layers=[self._network[self._stage]]) as grad_cam:
             for number, patch in enumerate(patches):
                 inputs = network_input(torch.tensor(patch[np.newaxis], device=self._device), self._size_px, self._mean, self._std)
                 heat = torch.from_numpy(grad_cam(input_tensor=inputs, targets=[_metastatic]))
@@ -92,10 +96,23 @@ class EnsembleExplainer:
 
 def overlay(patch: UInt8Array, heat: npt.NDArray[np.float32]) -> UInt8Array:
     """Return a patch, uint8 (h, w, 3), RGB, under its map, float32 (h, w), 0..1: red where the map is high, blue where it is low."""
+    _grad_cam()
     from pytorch_grad_cam.utils.image import show_cam_on_image
 
     shown: UInt8Array = show_cam_on_image(patch.astype(np.float32) / 255, heat, use_rgb=True, image_weight=0.6)
     return shown
+
+
+def _grad_cam() -> ModuleType:
+    """Import pytorch-grad-cam, when it is needed; what matplotlib, which comes with it, keeps in the home folder goes into a temporary one."""
+    if "matplotlib" in sys.modules or "MPLCONFIGDIR" in os.environ:
+        return importlib.import_module("pytorch_grad_cam")
+    with TemporaryDirectory(prefix="sentinode-") as folder:
+        os.environ["MPLCONFIGDIR"] = folder
+        try:
+            return importlib.import_module("pytorch_grad_cam")
+        finally:
+            del os.environ["MPLCONFIGDIR"]
 
 
 def _metastatic(z: torch.Tensor) -> torch.Tensor:

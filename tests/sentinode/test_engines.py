@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -134,3 +136,22 @@ def test_a_damaged_or_foreign_engine_is_refused_by_name_and_by_auto(bundle: Bund
     (problem,) = verify_folder(bundle.path)[1]
     assert expected in problem
     assert choose_engine(bundle, "torch", "cpu") == "torch"
+
+
+def test_nothing_is_written_home_or_sent_by_the_libraries_of_engines_and_explanations(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from sentinode.engines import ENGINES, library_of\n"
+        "from sentinode.explain import overlay\n"
+        "import numpy as np\n"
+        "libraries = [library_of(engine) for engine in ENGINES]\n"
+        "import onnxruntime.quantization\n"
+        "libraries[1].Core()\n"
+        "overlay(np.zeros((8, 8, 3), np.uint8), np.ones((8, 8), np.float32))\n"
+        "assert sys.modules['openvino_telemetry'] is None\n"
+        "assert 'matplotlib' in sys.modules\n"
+    )
+    keep = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+    environment = keep | {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert list(tmp_path.rglob("*")) == []
