@@ -1,7 +1,8 @@
 """How much of the bare network's speed the command `predict` keeps, from files to written parts.
 
     sentinode synth --out out/patches --count 4096
-    sentinode train --data out/data --out out/run --set weights=none epochs=0
+    sentinode prepare --source out/patches --out out/data
+    sentinode train --data out/data --out out/run --set weights=none epochs=0 input_size_px=96
     python -m benchmarks.predict --bundle out/run/bundle --source out/patches --pairs 7
 
 The peer is a loop of the same network over the same batches, decoded and in memory before, with as many threads, in this process. Ours is `predict`

@@ -37,8 +37,8 @@ class PredictConfig(Config):
 
     engine: Engine = "auto"
     """What runs the network."""
-    batch_size: Annotated[int, Field(ge=1)] = 256
-    """Patches per forward pass; batches are filled across files."""
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    """Patches per forward pass; batches are filled across files. A GPU may want more; a CPU is as fast with 64 as with 256, in less memory."""
     rows_per_part: Annotated[int, Field(ge=1)] = 2048
     """Inputs per Parquet part, and the unit that a repeated command does not do again. Best a multiple of `batch_size`."""
     workers: Annotated[int, Field(ge=1)] = 1
