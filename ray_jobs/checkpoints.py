@@ -61,6 +61,8 @@ class Saved:
     device : str
         What the network was trained on: cpu or cuda.
     progress : Progress
+    is_weights_only : bool
+        Whether it is what is left of a run that nobody goes on with.
     """
 
     path: Path
@@ -69,6 +71,7 @@ class Saved:
     ingest: Ingest
     device: str
     progress: Progress
+    is_weights_only: bool = False
 
     @classmethod
     def open(cls, path: Path) -> "Saved | None":
@@ -86,8 +89,9 @@ class Saved:
         if about.get("format_version") != _FORMAT_VERSION or "device" not in about:
             # Not for us to say whether it is whole, so it must not be cleared away either.
             raise UsageError(f"{path}: made by another version of sentinode; continue the run with that one, or use another --out")
-        saved = cls(path, about["number"], about["world_size"], about["ingest"], about["device"], Progress(**about["progress"]))
-        files = [WEIGHTS_FILE, STATE_FILE, *map(_rank_file, range(saved.world_size))]
+        progress, weights_only = Progress(**about["progress"]), bool(about.get("weights_only"))
+        saved = cls(path, about["number"], about["world_size"], about["ingest"], about["device"], progress, weights_only)
+        files = [WEIGHTS_FILE] if weights_only else [WEIGHTS_FILE, STATE_FILE, *map(_rank_file, range(saved.world_size))]
         return saved if all((path / name).exists() for name in files) else None
 
     @property
@@ -195,6 +199,30 @@ def tidy(folder: Path) -> None:
         raise unwritable(folder, error) from error
 
 
+def keep_weights_only(folder: Path) -> None:
+    """Leave of a run that nobody goes on with the weights of its best epoch: a third of one checkpoint.
+
+    Raises
+    ------
+    TrainingError, UsageError
+        As `tidy`.
+    """
+    best, _ = best_and_last(folder)
+    if best is None:
+        return
+    about = json.loads((best.path / ABOUT_FILE).read_text(encoding="utf-8"))
+    # Its history is that of the best epoch; what came after stands in the sweep's journal.
+    try:
+        write_json(best.path / ABOUT_FILE, about | {"weights_only": True})
+        for path in [best.path / STATE_FILE, *best.path.glob("rank*.pt")]:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    for path in folder.glob("checkpoint_*/"):
+        if path != best.path:
+            _remove(path)
+
+
 def remove_newer(folder: Path, number: int) -> None:
     """Remove what an attempt that failed has written after checkpoint `number`, which the run goes on from.
 
@@ -300,6 +328,59 @@ class CheckpointWriter:
             return ray.train.Checkpoint.from_directory(self._folder / name)
 
         return upload
+
+
+class LoneCheckpointWriter:
+    """Saves the checkpoints of a training that is one process's own, without Ray Train, in the background; what is left is as `tidy` leaves it.
+
+    Parameters
+    ----------
+    folder : Path
+        The run's.
+    config : TrainConfig
+    ingest : str
+        How rows are read.
+    number : int
+        Of the checkpoint that the run goes on from, 0 for none.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, ingest: Ingest, number: int) -> None:
+        self._folder, self._number = folder, number
+        self._about = {"world_size": 1, "ingest": ingest, "config": config.model_dump(mode="json")}
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, learner: Learner, progress: Progress) -> None:
+        """Copy the state and return; it is written in a thread, once the one before has been; raises as `wait`."""
+        self.wait()
+        self._number += 1
+        now = {"number": self._number, "device": learner.device.type, "progress": asdict(progress)}
+        copy = _Copy.of(learner, 0, {"format_version": _FORMAT_VERSION, **self._about, **now})
+        path = self._folder / f"checkpoint_{self._number:06d}_{os.urandom(6).hex()}"
+        # No daemon: a process that is asked to end writes what it has begun.
+        self._thread = threading.Thread(target=self._write, args=(copy, path), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until everything is on the disk.
+
+        Raises
+        ------
+        CheckpointError
+            A checkpoint could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            raise self._error
+
+    def _write(self, copy: "_Copy", path: Path) -> None:
+        try:
+            copy.write(self._folder, path)
+            tidy(self._folder)
+        except Exception as error:
+            self._error = error
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from sentinode.errors import SentinodeError, StorageError, UsageError
 from sentinode.storage import write_json
 
 REQUEST_FILE = "request.json"
+FEATURES_FOLDER = "features"
+"""Kept outputs of frozen stages, while a run or sweep trains."""
 # What a process leaves that is killed between making a folder and writing its request (`temporary_name`).
 _UNFINISHED_REQUEST = f".{REQUEST_FILE}.*.tmp"
 # Change how a run is carried out, not what comes out: repairs, trials at a time, who is told, and how often the state is saved (training goes on

@@ -3,6 +3,7 @@
 Torch is imported where it is used: Ray Train's controller and the task that reads the rows handle these objects too, and need none.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -54,6 +55,41 @@ class LoadedRows:
             return StreamedRows(self.dataset, config.fold, device, config.stream_window_rows)
         return ResidentRows(ray.get(self.train), device)
 
+    def validation(self, config: TrainConfig) -> Patches:
+        """Return the rows that choose the epoch."""
+        rows: Patches = ray.get(self.val)
+        return rows
+
+
+@dataclass(frozen=True)
+class FoldRows:
+    """The rows of one fold of a data set of which everything lies in shared memory once; what workers ask of LoadedRows.
+
+    Attributes
+    ----------
+    everything : ObjectRef of Patches
+        All rows of the splits train and val, in order.
+    validates : ObjectRef of ndarray of bool, shape (n,)
+        Which of them validate; the others train.
+    """
+
+    everything: Any
+    validates: Any
+    ingest: Ingest = "resident"
+
+    def source(self, config: TrainConfig, device: "torch.device") -> "RowSource":
+        """Return a worker's source of rows to train on."""
+        from sentinode.ingest import ResidentRows
+
+        return ResidentRows(ray.get(self.everything), device, np.flatnonzero(~ray.get(self.validates)))
+
+    def validation(self, config: TrainConfig) -> Patches:
+        """Return the rows that choose the epoch, as copies."""
+        from sentinode.finishing import split_calibration
+
+        val = ray.get(self.everything).take(ray.get(self.validates))
+        return split_calibration(val, config.calibration_fraction, config.seed)[0]
+
 
 def load_rows(dataset: PreparedDataset, config: TrainConfig, ingest: Ingest | None = None) -> LoadedRows:
     """Read the rows into Ray's shared memory, in a task, so that the driver does not hold them.
@@ -84,6 +120,46 @@ def load_rows(dataset: PreparedDataset, config: TrainConfig, ingest: Ingest | No
         except ray.exceptions.RayError as error:
             raise task_error(error, "reading the data set") from error
     return LoadedRows(dataset, loaded.get("train"), loaded["val"], loaded.get("calibration", loaded["val"]))
+
+
+def load_folds(dataset: PreparedDataset, config: TrainConfig, folds: Sequence[int]) -> "dict[int, LoadedRows | FoldRows]":
+    """Read the rows of several folds into Ray's shared memory: each row once, where they fit, however many folds there are.
+
+    Raises
+    ------
+    SentinodeError
+        As `load_rows`, for any of the folds.
+    """
+    from sentinode.ingest import pixel_bytes, resolve_ingest
+
+    if resolve_ingest(config.ingest, pixel_bytes(dataset), _shared_memory_bytes()) == "stream":
+        return {fold: load_rows(dataset, config.model_copy(update={"fold": fold}), "stream") for fold in folds}
+    with reserved(1, 0, "read the data set") as place:
+        everything, *validates = _load_folds.options(num_returns=1 + len(folds), scheduling_strategy=place).remote(dataset, config, folds)
+        try:
+            ray.get(validates)
+        except ray.exceptions.RayError as error:
+            raise task_error(error, "reading the data set") from error
+    return {fold: FoldRows(everything, mask) for fold, mask in zip(folds, validates, strict=True)}
+
+
+@ray.remote(num_cpus=1)
+def _load_folds(dataset: PreparedDataset, config: TrainConfig, folds: Sequence[int]) -> Any:
+    from sentinode.finishing import split_calibration
+    from sentinode.training import class_weight
+
+    masks = []
+    for fold in folds:
+        shards, validates = dataset.train_and_val_rows(fold)
+        masks.append(validates)
+    everything = dataset.read_shards(shards)
+    no_pixels = np.empty((len(everything), 0, 0, 3), np.uint8)
+    for validates in masks:
+        # As in `_load_rows`: told now what no trial could train or validate on.
+        class_weight(everything.labels[~validates], config)
+        few = Patches(everything.ids[validates], everything.labels[validates], everything.groups[validates], no_pixels[validates])
+        split_calibration(few, config.calibration_fraction, config.seed)
+    return [everything, *masks]
 
 
 @ray.remote(num_cpus=1)
@@ -129,7 +205,7 @@ class Loop:
         The run's, the same for every worker.
     run_id : str
         By which a worker knows that it sees that folder (`run_folder.is_run`).
-    rows : LoadedRows
+    rows : LoadedRows or FoldRows
     initial : ObjectRef of dict of str to tensor, or None
         Weights to start from; None for a run that goes on.
     log : ActorHandle or None
@@ -141,7 +217,7 @@ class Loop:
     config: TrainConfig
     folder: Path
     run_id: str
-    rows: LoadedRows
+    rows: LoadedRows | FoldRows
     initial: Any
     log: Any = None
     checkpoint_interval_s: float | None = None

@@ -105,6 +105,11 @@ class Tracking:
         for feed in self._feeds:
             feed.put(("end", (status, dict(result))))
 
+    def finish(self) -> None:
+        """Let the trackers go when they have written everything, without waiting for it; `close` still may."""
+        for feed in self._feeds:
+            feed.put(None)
+
     def close(self, timeout_s: float = _CLOSE_S) -> None:
         """Wait for what is not written yet, for a bounded time."""
         deadline = time.monotonic() + timeout_s
@@ -123,7 +128,7 @@ class _Feed:
         self._thread = threading.Thread(target=self._run, name=f"tracker-{name}", daemon=True)
         self._thread.start()
 
-    def put(self, item: tuple[str, Any]) -> None:
+    def put(self, item: tuple[str, Any] | None) -> None:
         self._queue.put(item)
 
     def close(self, timeout_s: float) -> None:
@@ -171,14 +176,19 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
-@contextmanager
-def tracking(config: TrainConfig, folder: Path, facts: RunFacts) -> Iterator[Tracking]:
-    """Yield the configured trackers of the run in `folder`; how the block ends is how the run ended, unless `end` said it before."""
+def open_trackers(config: TrainConfig, folder: Path, facts: RunFacts) -> Tracking:
+    """Return the configured trackers of the run in `folder`; to be closed."""
     opens: dict[str, Callable[[], Tracker]] = {
         "tensorboard": lambda: EventFile(folder / _EVENTS_FOLDER, facts),
         "mlflow": lambda: MlflowRun(config, folder, facts),
     }
-    trackers = Tracking({name: opens[name] for name in config.trackers})
+    return Tracking({name: opens[name] for name in config.trackers})
+
+
+@contextmanager
+def tracking(config: TrainConfig, folder: Path, facts: RunFacts) -> Iterator[Tracking]:
+    """Yield the configured trackers of the run in `folder`; how the block ends is how the run ended, unless `end` said it before."""
+    trackers = open_trackers(config, folder, facts)
     try:
         yield trackers
     except (StoppedError, KeyboardInterrupt, SystemExit):

@@ -20,7 +20,7 @@ from ray_jobs.checkpoints import Saved, best_and_last, last_good
 from ray_jobs.cluster import Need, check_capacity, connected, reserved, signal_handlers_kept, wants_gpus
 from ray_jobs.failures import task_error, training_error
 from ray_jobs.progress import following
-from ray_jobs.run_folder import RunRequest, is_run, not_shared, open_finished_bundle
+from ray_jobs.run_folder import FEATURES_FOLDER, RunRequest, is_run, not_shared, open_finished_bundle
 from ray_jobs.run_inputs import LoadedRows, load_rows
 from ray_jobs.stopping import StopOnSignal
 from ray_jobs.tracking import RunFacts, Tracking, check_trackers, tracking
@@ -32,7 +32,7 @@ from sentinode.dataset import Patches, PreparedDataset
 from sentinode.errors import SentinodeError, StoppedError, TrainingError, UsageError
 from sentinode.finishing import finish_bundle
 from sentinode.model import initial_state
-from sentinode.storage import exclusive, local_path
+from sentinode.storage import exclusive, local_path, remove_any
 from sentinode.training import Progress
 from sentinode.versions import git_commit, library_versions
 
@@ -106,12 +106,13 @@ def train(config: TrainConfig, data: str | Path, out: str | Path, *, verbose: bo
                 weights, progress = best
                 _record(trackers, progress)
                 bundle = finish(weights, rows, config, dataset, folder / "bundle", run_id, name=folder.name, use_gpu=use_gpu)
+                remove_any(folder / FEATURES_FOLDER)
                 trackers.end("finished", _result(bundle))
     return TrainResult(bundle, progress.history, already_complete=False)
 
 
-def resolve_gpus(config: TrainConfig, workers: int, last: Saved | None, verb: str) -> bool:
-    """Return whether workers get a GPU each, once it is certain that `workers` of them fit the cluster.
+def resolve_gpus(config: TrainConfig, workers: int, last: Saved | None, verb: str, gpus_per_worker: float = 1) -> bool:
+    """Return whether workers get `gpus_per_worker` GPUs each, once it is certain that `workers` of them fit the cluster.
 
     A run goes on where its checkpoint `last` was made, whatever `use_gpu: auto` would find now: with another arithmetic, what comes out would be
     neither device's.
@@ -125,7 +126,7 @@ def resolve_gpus(config: TrainConfig, workers: int, last: Saved | None, verb: st
     """
     use_gpu = wants_gpus(config.use_gpu, workers) if last is None else last.device == "cuda"
     begun = ", begun on GPUs," if use_gpu and last is not None else ""
-    check_capacity(Need(workers, config.cpus_per_worker, int(use_gpu)), verb + begun)
+    check_capacity(Need(workers, config.cpus_per_worker, gpus_per_worker if use_gpu else 0), verb + begun)
     check_device(config, use_gpu=use_gpu)
     return use_gpu
 
@@ -172,6 +173,19 @@ def _result(bundle: Bundle) -> dict[str, float | str]:
     manifest = bundle.manifest
     numbers = {f"bundle_{name}": value for name, value in manifest.metrics.items() if isinstance(value, int | float)}
     return {"bundle_digest": manifest.digest, "bundle_threshold": manifest.threshold, **numbers}
+
+
+def fit_run(config: TrainConfig, folder: Path, run_id: str, rows: LoadedRows, *, use_gpu: bool) -> None:
+    """Train the run in `folder`, which has its request, until done; goes on where it stopped, and does nothing where it is done. No trackers.
+
+    Raises
+    ------
+    TrainingError, UsageError, StoppedError
+        As `train`.
+    """
+    _, last = best_and_last(folder)
+    if last is None or not (last.progress.history and last.progress.is_over(config)):
+        _fit(config, folder, run_id, rows, initial_weights(config) if last is None else None, use_gpu=use_gpu, trackers=Tracking({}))
 
 
 def _fit(

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from ray_jobs.checkpoints import CheckpointError, CheckpointWriter, Saved, lacking_room, remove_newer, restore
-from ray_jobs.run_folder import is_run, not_shared
+from ray_jobs.run_folder import FEATURES_FOLDER, is_run, not_shared
 from ray_jobs.run_inputs import Loop
 from ray_jobs.stopping import Wishes
 from sentinode.errors import ManifestError, TrainingError, UsageError
+from sentinode.frozen_features import FeatureStore
 from sentinode.learner import Learner
 from sentinode.model import build_model
 from sentinode.training import Group, Hooks, Interrupted, Progress, train_epochs
@@ -70,7 +71,8 @@ def train_loop_per_worker(given: dict[str, Loop]) -> dict[str, str] | None:
     source = loop.rows.source(config, group.device)
     try:
         hooks = Hooks(checkpoint, wishes, checkpoint)
-        return ended(lambda: train_epochs(learner, source, ray.get(loop.rows.val), config, progress, hooks, group))
+        features = FeatureStore(loop.folder / FEATURES_FOLDER, config.feature_cache_gib * 2**30)
+        return ended(lambda: train_epochs(learner, source, loop.rows.validation(config), config, progress, hooks, group, features))
     finally:
         source.close()
 

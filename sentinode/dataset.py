@@ -202,7 +202,10 @@ class PreparedDataset:
 
     def read_split(self, split: str) -> Patches:
         """Read a whole split into memory (27,648 bytes a patch at 96 px), in shard order. Holds one shard beside what it returns."""
-        shards = self.shards(split)
+        return self.read_shards(self.shards(split))
+
+    def read_shards(self, shards: list[ShardRecord]) -> Patches:
+        """Read all rows of some shards into memory, in order. Holds one shard beside what it returns."""
         (rows,) = self._read_rows(shards, [np.ones(sum(shard.rows for shard in shards), np.bool_)])
         return rows
 

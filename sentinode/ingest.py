@@ -86,10 +86,13 @@ class ResidentRows:
     ----------
     patches : Patches
     device : torch.device or str
+    chosen : ndarray of int64, shape (n,), or None
+        Which of the patches are the rows of this source, in this order, without a copy of them; None for all.
     """
 
-    def __init__(self, patches: Patches, device: torch.device | str) -> None:
-        self.labels = patches.labels
+    def __init__(self, patches: Patches, device: torch.device | str, chosen: IntArray | None = None) -> None:
+        self.labels = patches.labels if chosen is None else patches.labels[chosen]
+        self._chosen = chosen
         self._images = patches.images
         self._device = torch.device(device)
         self._on_gpu = _copied(patches.images, self._device) if _fits(patches.images.nbytes, self._device) else None
@@ -102,6 +105,8 @@ class ResidentRows:
     def batches(self, rows: Sequence[IntArray]) -> Iterator[torch.Tensor]:
         """Return batches, as in RowSource."""
         flat = _checked(rows, len(self.labels))
+        if self._chosen is not None:
+            flat, rows = self._chosen[flat], [self._chosen[batch] for batch in rows]
         if self._on_gpu is None:
             return (self._handover.give(len(batch), _taker(self._images, batch)) for batch in rows)
         on_gpu = self._on_gpu

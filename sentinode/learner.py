@@ -1,6 +1,7 @@
 """A network in training: what is frozen, what trains, the optimiser, the schedule, the averaged weights."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -84,6 +85,7 @@ class Learner:
         self.depth = depth
         trunk, tail = split_at(self.model, depth, dropout=self.config.dropout)
         self._trunk = None if trunk is None else self._compiled(fast_trunk(trunk, precision=self.precision))
+        self._trunk_sha256: str | None = None
         if self.world_size > 1:
             devices = [self.device.index] if self.device.type == "cuda" else None
             # On CPUs a run that goes on must sum gradients in the order of one that was never interrupted, which with three workers and more
@@ -112,6 +114,38 @@ class Learner:
             z: torch.Tensor = self._tail(features)
         return z.float()
 
+    @property
+    def has_trunk(self) -> bool:
+        """Whether there are frozen stages."""
+        return self._trunk is not None
+
+    def trunk_features(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return what the frozen stages, which must be there, make of inputs, float (n, 3, side, side): (n, …)."""
+        assert self._trunk is not None
+        with self.autocast():
+            features: torch.Tensor = self._trunk(inputs.contiguous(memory_format=self.memory_format))
+        return features.contiguous()
+
+    def forward_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Return logits as `forward` does, from what `trunk_features` made."""
+        with self.autocast():
+            z: torch.Tensor = self._tail(self._as_trunk_leaves_it(features))
+        return z.float()
+
+    def _as_trunk_leaves_it(self, features: torch.Tensor) -> torch.Tensor:
+        return features.contiguous(memory_format=self.memory_format) if features.ndim == 4 else features
+
+    def trunk_digest(self) -> str:
+        """Return the SHA-256 of the frozen stages' weights."""
+        assert self._trunk is not None
+        if self._trunk_sha256 is None:
+            sha256 = hashlib.sha256()
+            for name, value in self._trunk.state_dict().items():
+                sha256.update(name.encode())
+                sha256.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+            self._trunk_sha256 = sha256.hexdigest()
+        return self._trunk_sha256
+
     def exchanging(self, *, last: bool) -> AbstractContextManager[None]:
         """Return the context of forward and backward of one batch; `last` = of this step: only then do workers exchange the sum of gradients."""
         tail = getattr(self._tail, "_orig_mod", self._tail)
@@ -139,6 +173,19 @@ class Learner:
         _, tail = split_at(self.kept, self.depth)
         network = tail if self._trunk is None else nn.Sequential(self._trunk, tail)
         yield _InFormat(network.eval(), self)
+
+    @contextmanager
+    def evaluating_features(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """As `evaluating`, from what `trunk_features` made."""
+        _, tail = split_at(self.kept, self.depth)
+        tail.eval()
+
+        def logits(features: torch.Tensor) -> torch.Tensor:
+            with self.autocast():
+                z: torch.Tensor = tail(self._as_trunk_leaves_it(features))
+            return z.float()
+
+        yield logits
 
     def is_finite(self) -> bool:
         """Whether all weights are finite numbers."""

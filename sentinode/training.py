@@ -1,6 +1,7 @@
 """The training loop: a plain function over torch objects, with or without torch.distributed, and without Ray."""
 
 import enum
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,11 +18,14 @@ from sentinode.config import TrainConfig
 from sentinode.dataset import Patches
 from sentinode.epoch_plan import Batch, EpochPlan, Step
 from sentinode.errors import SentinodeError, TrainingError, UsageError
+from sentinode.frozen_features import BATCH_ROWS, Features, FeatureStore
 from sentinode.inference import network_logits
 from sentinode.ingest import RowSource
 from sentinode.learner import Learner
 from sentinode.metrics import roc_auc
-from sentinode.preprocess import normalise, resize
+from sentinode.preprocess import network_input, normalise, resize
+from sentinode.selection import is_better
+from sentinode.storage import canonical_json
 
 IntArray = npt.NDArray[np.int64]
 
@@ -105,8 +109,7 @@ class Progress:
         self.epochs_done = record["epoch"] + 1
         self.partial = None
         value = record[metric]
-        better = value is not None and (self.best_value is None or (value < self.best_value if metric == "val_loss" else value > self.best_value))
-        if better or self.best_epoch is None:
+        if is_better(value, self.best_value, metric) or self.best_epoch is None:
             self.best_epoch, self.best_value = record["epoch"], value
             self.improvements += 1
 
@@ -183,7 +186,14 @@ def class_weight(labels: IntArray, config: TrainConfig) -> float:
 
 
 def train_epochs(
-    learner: Learner, source: RowSource, val: Patches, config: TrainConfig, progress: Progress, hooks: Hooks = Hooks(), group: Group = Group()
+    learner: Learner,
+    source: RowSource,
+    val: Patches,
+    config: TrainConfig,
+    progress: Progress,
+    hooks: Hooks = Hooks(),
+    group: Group = Group(),
+    features: FeatureStore | None = None,
 ) -> None:
     """Train until the epochs are done or early stopping fires.
 
@@ -200,6 +210,8 @@ def train_epochs(
         The whole validation split, the same on every worker.
     progress : Progress
         Where to go on; changed in place.
+    features : FeatureStore or None
+        Keeps what frozen stages make of the looks of `augment.views`, in a group of one; of this data set only.
 
     Raises
     ------
@@ -211,14 +223,15 @@ def train_epochs(
         A hook wished to stop; `on_checkpoint` was called before.
     """
     weights = np.array([1.0, class_weight(source.labels, config)], np.float32)
+    kept = features if config.augment.views is not None and group.world_size == 1 else None
     if config.epochs == 0 and not progress.history:
         record = {"epoch": -1, "depth": learner.depth, "train_loss": None, "learning_rate": learner.learning_rate, "rows": 0, "seconds": 0.0}
-        progress.add(record | _validate(learner, val, weights, config, group, -1), config.selection_metric)
+        progress.add(record | _validate(learner, val, weights, config, group, -1, kept), config.selection_metric)
         hooks.on_epoch(progress)
     while not progress.is_over(config):
         learner.set_depth(config.depth_at(progress.epochs_done))
-        record = _Epoch(learner, source, weights, config, progress, hooks, group).run()
-        validation = _validate(learner, val, weights, config, group, progress.epochs_done)
+        record = _Epoch(learner, source, weights, config, progress, hooks, group, kept).run()
+        validation = _validate(learner, val, weights, config, group, progress.epochs_done, kept)
         learner.schedule.after_epoch(validation["val_loss"])
         progress.add(record | validation, config.selection_metric)
         hooks.on_epoch(progress)
@@ -242,8 +255,10 @@ class _Epoch:
         progress: Progress,
         hooks: Hooks,
         group: Group,
+        store: FeatureStore | None,
     ) -> None:
         self._learner, self._source, self._config, self._progress, self._hooks, self._group = learner, source, config, progress, hooks, group
+        self._store = store if learner.has_trunk else None
         self._number = progress.epochs_done
         before = progress.partial or PartialEpoch()
         done = [(workers, batches) for workers, batches in before.done]
@@ -267,16 +282,19 @@ class _Epoch:
         """Train, and return the record of the epoch without its validation."""
         learner, group = self._learner, self._group
         learner.train_mode()
-        draws = draw(self._config.seed, self._number, len(self._labels))
+        views = self._config.augment.views
+        look = self._number if views is None else self._number % views
+        draws = draw(self._config.seed, look, len(self._labels))
+        features = self._features(look, draws)
         steps = self._plan.of_rank(group.rank)
         rate = learner.learning_rate
         first_batch_s = None
-        images = self._source.batches([batch.rows for step in steps for batch in step.batches])
+        images = self._source.batches([batch.rows for step in steps for batch in step.batches]) if features is None else iter(())
         every = _AGREE_EVERY_STEPS if group.device.type == "cuda" else 1
         for number, step in enumerate(steps, start=self._plan.steps_done):
             learner.schedule.before_step(self._number + self._plan.part_done_after(number))
             rate = self._rates[number] = learner.learning_rate
-            self._train_on(step, number, images, draws)
+            self._train_on(step, number, images, draws, features)
             if first_batch_s is None:
                 first_batch_s = time.monotonic() - self._started
             # After the last one too: validation may take long, and there is nobody to ask within it.
@@ -293,14 +311,30 @@ class _Epoch:
             "first_batch_seconds": first_batch_s,
         }
 
-    def _train_on(self, step: Step, number: int, images: Iterator[torch.Tensor], draws: torch.Tensor) -> None:
+    def _features(self, look: int, draws: torch.Tensor) -> Features | None:
+        """Return what the frozen stages make of this epoch's look of each row, where that is kept."""
+        if self._store is None:
+            return None
+
+        def compute() -> Iterator[torch.Tensor]:
+            rows = np.array_split(np.arange(len(self._labels)), np.arange(BATCH_ROWS, len(self._labels), BATCH_ROWS))
+            for chosen, images in zip(rows, self._source.batches(rows), strict=True):
+                with torch.no_grad():
+                    yield self._learner.trunk_features(self._inputs(images, draws[torch.from_numpy(chosen)]))
+
+        key = _features_key(self._learner, self._config, len(self._labels), look=look)
+        return self._store.get(key, len(self._labels), compute)
+
+    def _train_on(self, step: Step, number: int, images: Iterator[torch.Tensor], draws: torch.Tensor, features: Features | None) -> None:
         total_weight = float(self._row_weights[step.all_rows].sum(dtype=np.float64))
         for batch in step.batches:
-            inputs = self._inputs(next(images), draws[torch.from_numpy(batch.rows)])
             labels = torch.from_numpy(self._labels[batch.rows]).to(self._group.device, non_blocking=True)
             weight = self._weight_of(batch)
             with self._learner.exchanging(last=batch is step.batches[-1]):
-                z = self._learner.forward(inputs)
+                if features is None:
+                    z = self._learner.forward(self._inputs(next(images), draws[torch.from_numpy(batch.rows)]))
+                else:
+                    z = self._learner.forward_features(features.rows(batch.rows, self._group.device))
                 losses = functional.cross_entropy(z, labels, reduction="none", label_smoothing=self._config.label_smoothing)
                 weighted = (losses * weight).sum()
                 # Workers average their gradients; wanted is the sum over all rows of the step, divided by the sum of their weights.
@@ -367,16 +401,37 @@ def _own_sums(sums: list[list[float]], group: Group) -> list[float]:
     return [float(value) for value in np.sum(sums, axis=0)] if sums and group.rank == 0 else [0.0, 0.0, 0.0]
 
 
-def _validate(learner: Learner, val: Patches, weights: npt.NDArray[np.float32], config: TrainConfig, group: Group, number: int) -> dict[str, Any]:
-    """Return val_loss (weighted, finite), val_roc_auc and val_seconds over every validation row exactly once; the same on every worker.
+def _features_key(learner: Learner, config: TrainConfig, rows: int, *, look: int | None) -> str:
+    """Return a name for everything that decides what frozen stages make of all rows: of a look of those trained on, or, None, of those validated on."""
+    seen: dict[str, object] = {"batch": config.eval_batch_size}
+    if look is not None:
+        seen = {"augment": config.augment.model_dump(), "seed": config.seed, "look": look}
+    calibration = [config.calibration_fraction, config.seed] if config.calibration_fraction else None
+    dealt = {"fold": config.fold, "calibration": calibration, "rows": rows}
+    network = {"arch": config.arch, "size": config.input_size_px, "mean": config.mean, "std": config.std, "depth": learner.depth}
+    how = {"precision": learner.precision, "device": learner.device.type, "trunk": learner.trunk_digest()}
+    return hashlib.sha256(canonical_json(seen | dealt | network | how)).hexdigest()[:32]
 
-    `number` is the epoch's, counted from 0, for errors.
-    """
-    started = time.monotonic()
-    # DDP copies rank 0's BatchNorm statistics before each step but not after the last one; rank 0's are what is saved.
-    group.share(learner.buffers_to_share())
+
+def _validation_logits(learner: Learner, val: Patches, config: TrainConfig, group: Group, store: FeatureStore | None) -> npt.NDArray[np.float32]:
+    """Return z1 - z0 of this worker's share of the validation rows; with kept features the same numbers."""
+    if store is not None and learner.has_trunk:
+        size = config.eval_batch_size
+        starts = range(0, len(val), size)
+
+        def compute() -> Iterator[torch.Tensor]:
+            with torch.no_grad():
+                for start in starts:
+                    batch = torch.tensor(val.images[start : start + size], device=group.device)
+                    yield learner.trunk_features(network_input(batch, config.input_size_px, config.mean, config.std))
+
+        features = store.get(_features_key(learner, config, len(val), look=None), len(val), compute)
+        if features is not None:
+            with learner.evaluating_features() as logits, torch.no_grad():
+                z = torch.cat([logits(features.rows(slice(start, start + size), group.device)).cpu() for start in starts])
+            return (z[:, 1] - z[:, 0]).numpy()
     with learner.evaluating() as network:
-        mine = network_logits(
+        return network_logits(
             network,
             val.images[group.rank :: group.world_size],
             input_size_px=config.input_size_px,
@@ -385,6 +440,25 @@ def _validate(learner: Learner, val: Patches, weights: npt.NDArray[np.float32], 
             batch_size=config.eval_batch_size,
             device=group.device,
         )
+
+
+def _validate(
+    learner: Learner,
+    val: Patches,
+    weights: npt.NDArray[np.float32],
+    config: TrainConfig,
+    group: Group,
+    number: int,
+    store: FeatureStore | None,
+) -> dict[str, Any]:
+    """Return val_loss (weighted, finite), val_roc_auc and val_seconds over every validation row exactly once; the same on every worker.
+
+    `number` is the epoch's, counted from 0, for errors.
+    """
+    started = time.monotonic()
+    # DDP copies rank 0's BatchNorm statistics before each step but not after the last one; rank 0's are what is saved.
+    group.share(learner.buffers_to_share())
+    mine = _validation_logits(learner, val, config, group, store)
     logits = _gather_interleaved(mine, len(val), group)
     # Cross-entropy of two classes as a function of z1 - z0: softplus(-d) for class 1, softplus(d) for class 0.
     losses = np.logaddexp(0, np.where(val.labels == 1, -logits, logits))

@@ -43,6 +43,10 @@ class AugmentConfig(Config):
     jpeg_quality: Annotated[int, Field(ge=10, le=100)] | None = None
     """Half of the patches are what JPEG (4:2:0) leaves of them, at a quality even between this and 100; null for none."""
 
+    views: Count | None = None
+    """Looks of each patch: after so many epochs the random numbers repeat themselves; null for new ones in every epoch. With frozen stages, what these
+    make of each look is kept and used again (`feature_cache_gib`): epochs of depth 0 and 1 get many times, and twice, as fast."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.dihedral and self.flip:
@@ -138,6 +142,8 @@ class TrainConfig(Config):
     """`resident` holds the training rows once per node in shared memory; `stream` reads them anew each epoch; `auto` streams what does not fit."""
     stream_window_rows: Count = 16384
     """`stream`: rows of each worker among which the order is random; row groups are read in random order."""
+    feature_cache_gib: Annotated[float, Field(ge=0)] = 8.0
+    """Room in the run's folder for outputs of frozen stages while it trains, GiB; 0 for none. Only with `augment.views`, and one worker."""
     checkpoint_interval_s: Annotated[float, Field(gt=0)] | None = 600.0
     """A checkpoint within an epoch at least this often, beside the one after each epoch; null for none."""
     trackers: tuple[Literal["tensorboard", "mlflow"], ...] = ("tensorboard",)
