@@ -199,8 +199,18 @@ def tidy(folder: Path) -> None:
         raise unwritable(folder, error) from error
 
 
+def is_settled(folder: Path, epochs: int) -> bool:
+    """Whether the checkpoint after so many epochs is on the disk and `tidy` has gone over it, so that whoever wrote it touches nothing any more."""
+    try:
+        noted = json.loads((folder / _SNAPSHOT_FILE).read_text(encoding="utf-8"))["latest_checkpoint_result"]["checkpoint_dir_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    _, last = best_and_last(folder)
+    return last is not None and (last.is_weights_only or (noted == last.path.name and len(last.progress.history) >= epochs))
+
+
 def keep_weights_only(folder: Path) -> None:
-    """Leave of a run that nobody goes on with the weights of its best epoch: a third of one checkpoint.
+    """Leave of a run that is settled, and that nobody goes on with, the weights of its best epoch: a third of one checkpoint.
 
     Raises
     ------

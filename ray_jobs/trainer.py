@@ -7,7 +7,7 @@ from typing import Any
 
 from ray_jobs.checkpoints import tidy
 from ray_jobs.cluster import resources_text
-from ray_jobs.run_inputs import LoadedRows, Loop
+from ray_jobs.run_inputs import FoldRows, LoadedRows, Loop
 from ray_jobs.train_loop import train_loop_per_worker
 from sentinode.config import TrainConfig
 
@@ -27,7 +27,7 @@ def make_trainer(
     config: TrainConfig,
     folder: Path,
     run_id: str,
-    rows: LoadedRows,
+    rows: LoadedRows | FoldRows,
     initial: Any,
     *,
     use_gpu: bool,

@@ -4,12 +4,10 @@
     python -m ray_jobs.tune --data /shared/data --out /shared/sweep --config tune_configs/lr_depth_asha.yaml
 
 Ends with <out>/bundle (the best trial), trials.csv, best.yaml (feeds `ray_jobs.train --config`) and report.html. Stopped in any way, the same
-command continues: finished trials are not repeated, running ones go on from their last epoch.
+command continues: finished trials are not repeated, running ones go on from their last checkpoint.
 """
 
 import argparse
-import logging
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -20,24 +18,30 @@ from typing import Any
 import ray
 import yaml
 
-from ray_jobs.checkpoints import saved_checkpoints
-from ray_jobs.cluster import capacity, connected, signal_handlers_kept
-from ray_jobs.run_folder import REQUEST_FILE, RunRequest, is_run, not_shared, open_finished_bundle
-from ray_jobs.run_inputs import LoadedRows, load_rows
-from ray_jobs.sweep_report import TrialSummary, describe_point, rank, render, trials_table
-from ray_jobs.train import best_checkpoint, check_device, finish, initial_weights, resolve_gpus
-from ray_jobs.trainer import make_trainer
+from ray_jobs.checkpoints import Saved
+from ray_jobs.cluster import capacity, connected
+from ray_jobs.progress import following
+from ray_jobs.run_folder import FEATURES_FOLDER, REQUEST_FILE, RunRequest, open_finished_bundle
+from ray_jobs.run_inputs import FoldRows, LoadedRows, load_folds, load_rows
+from ray_jobs.sweep.course import Course
+from ray_jobs.sweep.progress import SweepProgress
+from ray_jobs.sweep.report import SweepFacts, render
+from ray_jobs.sweep.table import describe_point, trials_table
+from ray_jobs.sweep.trackers import TrialTrackers
+from ray_jobs.sweep.trial import Shared, rows_key, trial_config, trial_folder
+from ray_jobs.sweep.tune_search import DRIVER_CPUS, tune_search
+from ray_jobs.sweep.winner import Standing, standings
+from ray_jobs.tracking import check_trackers
+from ray_jobs.train import best_checkpoint, finish, fit_run, initial_weights, resolve_gpus
 from ray_jobs.verb import add_common_arguments, config_from, main_of, say
 from sentinode.bundle import Bundle
-from sentinode.config import AshaConfig, Choice, Domain, Grid, LogUniform, RandInt, SweepConfig, TrainConfig, Uniform
+from sentinode.config import SweepConfig, TrainConfig
 from sentinode.dataset import PreparedDataset
-from sentinode.errors import ConfigError, StoppedError, TrainingError, UsageError, one_line, root_of
-from sentinode.storage import exclusive, local_path, write_json, write_text_atomic
-
-# A trial's driver only waits; Ray refuses 0 for it.
-_DRIVER_CPUS = 0.1
-_ROW_FIELDS = ("fold", "calibration_fraction", "seed", "ingest")
-_WEIGHT_FIELDS = ("arch", "weights", "input_size_px", "seed")
+from sentinode.errors import ConfigError, StoppedError, TrainingError, UsageError
+from sentinode.search.journal import Journal, TrialRecord
+from sentinode.search.point_sources import PointSource, point_source
+from sentinode.search.warm_start import warm_start
+from sentinode.storage import exclusive, local_path, remove_any, write_json, write_text_atomic
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,16 @@ class TuneResult:
     ----------
     bundle : Bundle
         Of the best trial.
-    trials : list of TrialSummary
-        Best first; empty where the sweep had been complete before.
+    trials : list of TrialRecord
+        In order of beginning.
+    standings : list of Standing
+        Configurations, best first.
     already_complete : bool
     """
 
     bundle: Bundle
-    trials: list[TrialSummary]
+    trials: list[TrialRecord]
+    standings: list[Standing]
     already_complete: bool
 
 
@@ -64,223 +71,172 @@ def tune(config: SweepConfig, data: str | Path, out: str | Path, *, verbose: boo
     Raises
     ------
     UsageError
-        `data` is not a prepared data set, `out` belongs to another run, or the weights cannot be had.
+        `data` is not a prepared data set or lacks the folds, `out` belongs to another run, or the weights cannot be had.
     CapacityError
         The cluster has no room for one trial.
     TrainingError
         Every trial failed.
+    StorageError
+        A checkpoint or the journal cannot be written.
     StoppedError
         Interrupted; a later call continues.
     """
     dataset, folder = PreparedDataset.open(data), local_path(out)
     base = config.train_config({})
+    check_trackers(base)
     with exclusive(folder):
         request = RunRequest(folder, "tune", config, dataset.manifest.fingerprint, dataset.manifest.split.folds)
         request.check()
         finished = open_finished_bundle(folder)
+        journal = Journal(folder)
         if finished is not None:
-            return TuneResult(finished, [], already_complete=True)
-        if "weights" not in config.space and base.weights != "none":
+            return TuneResult(finished, journal.trials, standings(journal.trials, config), already_complete=True)
+        folds = _folds(config, dataset)
+        started = warm_start(config, dataset.manifest.fingerprint)
+        source = point_source(config, started.first, started.known)
+        notes = [*_warnings(config, base), *started.notes]
+        if "weights" not in config.keys and base.weights != "none":
             initial_weights(base)
-        elif base.weights == "none" and _smallest_depth(config, base) < 5:
-            say("warning: weights none with unfreeze_depth below 5 in the space: the frozen stages of those trials stay random")
-        concurrent = config.max_concurrent_trials or 1
-        with connected(concurrent * config.workers_per_trial * base.cpus_per_worker, verbose=verbose):
-            begun = [saved[-1] for trial in (folder / "trials").glob("*/") if (saved := saved_checkpoints(trial))]
-            use_gpu = resolve_gpus(base, config.workers_per_trial, begun[0] if begun else None, "tune (one trial)")
-            rows = load_rows(dataset, base)
+        for note in notes:
+            say(f"warning: {note}")
+        with connected(_wanted_cpus(config, base), verbose=verbose):
+            # Begun on GPUs it goes on there, as a run does.
+            begun = next((saved for path in sorted((folder / "trials").rglob("checkpoint_*/")) if (saved := Saved.open(path)) is not None), None)
+            use_gpu = resolve_gpus(base, config.workers_per_trial, begun, "tune (one trial)", config.gpus_per_worker)
+            rows = _load_rows(dataset, base, folds)
             run_id = request.claim()
-            trials = rank(_search(config, base, dataset, folder, run_id, rows, use_gpu=use_gpu), config.metric)
-            best = trials[0]
-            if best.value is None:
-                raise TrainingError(f"every trial failed; the first: {best.error or 'no epoch was finished'} (see {folder / 'trials'})")
-            best_config = config.train_config(best.point)
-            kept = best_checkpoint(folder / "trials" / best.trial_id)
-            if kept is None:
-                raise TrainingError(f"{folder / 'trials' / best.trial_id}: the checkpoints of the best trial are gone")
-            write_text_atomic(folder / "trials.csv", trials_table(trials).to_csv(index=False))
-            write_text_atomic(folder / "best.yaml", best_yaml(best, best_config, config.metric))
-            write_text_atomic(folder / "report.html", render(trials, config, dataset))
-            # Last: a sweep with a bundle is complete.
-            same_rows = _key(best_config, _ROW_FIELDS) == _key(base, _ROW_FIELDS)
-            best_rows = rows if same_rows else load_rows(dataset, best_config)
-            bundle = finish(kept[0], best_rows, best_config, dataset, folder / "bundle", run_id, name=folder.name, use_gpu=use_gpu)
-    return TuneResult(bundle, trials, already_complete=False)
+            _search(config, base, dataset, folder, run_id, rows, journal, source, use_gpu=use_gpu, verbose=verbose)
+            remove_any(folder / FEATURES_FOLDER)
+            bundle = _finish(config, base, dataset, folder, run_id, rows, journal, notes, use_gpu=use_gpu)
+    return TuneResult(bundle, journal.trials, standings(journal.trials, config), already_complete=False)
 
 
-def _smallest_depth(config: SweepConfig, base: TrainConfig) -> int:
-    domain = config.space.get("unfreeze_depth")
-    if domain is None:
-        return base.unfreeze_depth
-    values: list[int] = next(iter(domain.model_dump().values()))
-    return min(values)
+def _folds(config: SweepConfig, dataset: PreparedDataset) -> list[int] | None:
+    """Return the folds that trials are scored on; raises UsageError where the data set does not have them."""
+    if config.folds is None:
+        return None
+    there = dataset.manifest.split.folds or 0
+    folds = list(range(there)) if config.folds == "all" else list(config.folds)
+    if len(folds) < 2 or max(folds) >= there:
+        has = f"has folds 0 to {there - 1}" if there else "was prepared without folds: prepare it with --set folds=5"
+        raise UsageError(f"folds {config.folds}: {dataset.path} {has}")
+    return folds
 
 
-def _key(config: TrainConfig, fields: tuple[str, ...]) -> tuple[Any, ...]:
-    return tuple(getattr(config, name) for name in fields)
+def _warnings(config: SweepConfig, base: TrainConfig) -> list[str]:
+    if "weights" in config.keys or base.weights != "none" or config.smallest("unfreeze_depth") >= 5:
+        return []
+    return ["weights none with unfreeze_depth below 5 in the space: the frozen stages of those trials are random, and stay so"]
 
 
-def _concurrency(config: SweepConfig, base: TrainConfig, use_gpu: bool) -> int:
+def _wanted_cpus(config: SweepConfig, base: TrainConfig) -> float:
+    """CPUs of a Ray that we start: room for as many trials as are wanted at a time, or for one."""
+    return (config.max_concurrent_trials or 1) * config.workers_per_trial * base.cpus_per_worker
+
+
+def _load_rows(dataset: PreparedDataset, base: TrainConfig, folds: list[int] | None) -> dict[int | None, LoadedRows | FoldRows]:
+    return {None: load_rows(dataset, base)} if folds is None else dict(load_folds(dataset, base, folds).items())
+
+
+def _limit(config: SweepConfig, base: TrainConfig, use_gpu: bool) -> int:
     """As many trials at a time as have room, at most as many as asked for: more would only wait for each other's workers."""
     have = capacity()
+    workers = config.workers_per_trial
     # One CPU is left for loading rows and for Ray's own helpers.
-    room = int((have["CPU"] - 1) // (config.workers_per_trial * base.cpus_per_worker + _DRIVER_CPUS))
+    room = int((have["CPU"] - 1) // (workers * base.cpus_per_worker + (DRIVER_CPUS if workers > 1 else 0)))
     if use_gpu:
-        room = min(room, int(have["GPU"] // config.workers_per_trial))
+        room = min(room, int(have["GPU"] / (workers * config.gpus_per_worker) + 1e-6))
     return max(1, min(room, config.max_concurrent_trials or room))
 
 
 def _search(
-    config: SweepConfig, base: TrainConfig, dataset: PreparedDataset, folder: Path, run_id: str, rows: LoadedRows, *, use_gpu: bool
-) -> list[TrialSummary]:
-    """Run or resume the trials and return what became of each."""
-    # Tune's own loggers and its box of settings: trials.csv, the report and SweepProgress say the same to people.
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    from ray import tune as ray_tune
-    from ray.tune.search import BasicVariantGenerator
+    config: SweepConfig,
+    base: TrainConfig,
+    dataset: PreparedDataset,
+    folder: Path,
+    run_id: str,
+    rows: dict[int | None, LoadedRows | FoldRows],
+    journal: Journal,
+    source: PointSource,
+    *,
+    use_gpu: bool,
+    verbose: bool,
+) -> None:
+    """Run, or go on with, the trials; what became of them is in the journal."""
+    folds = None if None in rows else [fold for fold in rows if fold is not None]
+    epochs, limit = config.largest("epochs"), _limit(config, base, use_gpu)
+    total = source.total + config.repeats * min(config.repeat_top, source.total)
+    progress = SweepProgress(config.metric, journal, total, epochs * len(folds or [0]), limit, say)
+    trackers = TrialTrackers(config, folder, dataset.manifest.fingerprint)
+    if journal.trials:
+        say(f"continuing the sweep: {progress.standing(0)}")
+    course = Course(config, folder, journal, source, limit=limit, epochs=epochs, folds=folds, seed=base.seed, progress=progress, trackers=trackers)
+    try:
+        with following(lambda record: None) as log:
+            initial = None if "weights" in config.keys else ray.put(initial_weights(base))
+            shared = Shared(config, base, dataset, folder, run_id, rows, initial, log, use_gpu, os.getcwd())
+            went_through = tune_search(course, shared, gpus=config.gpus_per_worker if use_gpu else 0, max_failures=base.max_failures, verbose=verbose)
+    finally:
+        trackers.close()
+    if course.broken is not None:
+        raise course.broken
+    unfinished = sum(trial.status == "running" for trial in journal.trials)
+    if not went_through or unfinished:
+        raise StoppedError(f"stopped with {unfinished} trials unfinished; repeat the command to continue in {folder}")
+    course.settle()
 
-    from ray_jobs.sweep_progress import SweepProgress
 
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    trials_folder = folder / "trials"
-    trials_folder.mkdir(exist_ok=True)
-    # Parameters go through Ray's object store once, not into every trial.
-    shared = Shared(run_id, base, rows, None if "weights" in config.space else ray.put(initial_weights(base)))
-    trainable = ray_tune.with_resources(
-        ray_tune.with_parameters(run_trial, sweep=config, dataset=dataset, trials_folder=trials_folder, shared=shared, use_gpu=use_gpu),
-        {"CPU": _DRIVER_CPUS},
+def _finish(
+    config: SweepConfig,
+    base: TrainConfig,
+    dataset: PreparedDataset,
+    folder: Path,
+    run_id: str,
+    rows: dict[int | None, LoadedRows | FoldRows],
+    journal: Journal,
+    notes: list[str],
+    *,
+    use_gpu: bool,
+) -> Bundle:
+    """Write trials.csv, best.yaml, the report, and last the bundle: a sweep with a bundle is complete."""
+    best = next(iter(standings(journal.trials, config)), None)
+    if best is None:
+        errors = [trial.error for trial in journal.trials if trial.error]
+        raise TrainingError(f"every trial failed; the first: {errors[0] if errors else 'no epoch had a figure'} (see {folder / 'trials'})")
+    best_config = trial_config(config, best.trial.point, best.trial.seed, None)
+    write_text_atomic(folder / "trials.csv", trials_table(journal.trials, config).to_csv(index=False))
+    write_text_atomic(folder / "best.yaml", best_yaml(best, best_config, config))
+    folds = None if None in rows else [fold for fold in rows if fold is not None]
+    facts = SweepFacts(
+        config=config, dataset=dataset.manifest, epochs=config.largest("epochs"), folds=folds, name=folder.name, best=best.trial.number, notes=notes
     )
-    progress = SweepProgress(config.metric, _number_of_trials(config), say)
-    state = folder / "sweep"
-    if ray_tune.Tuner.can_restore(str(state)):
-        say("continuing the sweep")
-        tuner = ray_tune.Tuner.restore(str(state), trainable, resume_unfinished=True, resume_errored=True)
-        # Callbacks are stored with the sweep; the one restored must be this process's.
-        tuner._local_tuner._run_config.callbacks = [progress]
-    else:
-        tuner = ray_tune.Tuner(
-            trainable,
-            param_space={key: _sampled(domain) for key, domain in config.space.items()},
-            tune_config=ray_tune.TuneConfig(
-                metric=config.metric,
-                mode="max" if config.metric == "val_roc_auc" else "min",
-                num_samples=config.trials if config.searcher == "random" else 1,
-                search_alg=BasicVariantGenerator(max_concurrent=_concurrency(config, base, use_gpu), random_state=config.seed),
-                scheduler=_scheduler(config, base),
-                trial_dirname_creator=_trial_name,
-                trial_name_creator=_trial_name,
-            ),
-            run_config=ray_tune.RunConfig(name="sweep", storage_path=str(folder), callbacks=[progress], verbose=0),
-        )
-    with signal_handlers_kept():
-        results = tuner.fit()
-    if progress.unfinished:
-        raise StoppedError(f"stopped with {progress.unfinished} trials unfinished; repeat the command to continue in {folder}")
-    return [_summary(result, trials_folder, config) for result in results]
-
-
-def _number_of_trials(config: SweepConfig) -> int:
-    combinations = math.prod(len(domain.grid) for domain in config.space.values() if isinstance(domain, Grid))
-    return combinations * (config.trials if config.searcher == "random" else 1)
-
-
-def _trial_name(trial: Any) -> str:
-    return str(trial.trial_id)
-
-
-def _sampled(domain: Domain) -> Any:
-    from ray import tune as ray_tune
-
-    match domain:
-        case LogUniform(loguniform=(low, high)):
-            return ray_tune.loguniform(low, high)
-        case Uniform(uniform=(low, high)):
-            return ray_tune.uniform(low, high)
-        case RandInt(randint=(first, last)):
-            return ray_tune.randint(first, last + 1)
-        case Choice(choice=values):
-            return ray_tune.choice(values)
-        case Grid(grid=values):
-            return ray_tune.grid_search(values)
-    raise ConfigError(f"space: {domain!r} is not a known kind")
-
-
-def _scheduler(config: SweepConfig, base: TrainConfig) -> Any:
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
-
-    if not isinstance(config.scheduler, AshaConfig):
-        return FIFOScheduler()
-    return ASHAScheduler(
-        # Not Tune's own count of reports, which starts anew when a sweep is continued.
-        time_attr="epochs_done",
-        max_t=max(base.epochs, config.scheduler.grace_period_epochs),
-        grace_period=config.scheduler.grace_period_epochs,
-        reduction_factor=config.scheduler.reduction_factor,
-    )
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What trials have in common, put into Ray's shared memory once.
-
-    Attributes
-    ----------
-    run_id : str
-        Of the sweep's folder.
-    base : TrainConfig
-        What it was made for; a trial that differs in that makes its own.
-    rows : LoadedRows
-    initial : ObjectRef of dict of str to tensor, or None
-        Weights to start from; None where the sweep searches over them.
-    """
-
-    run_id: str
-    base: TrainConfig
-    rows: LoadedRows
-    initial: Any
-
-
-def run_trial(point: dict[str, Any], *, sweep: SweepConfig, dataset: PreparedDataset, trials_folder: Path, shared: Shared, use_gpu: bool) -> None:
-    """One trial: a driver that runs a DDP training of its own (the only way Ray 2.60 joins Tune and Train)."""
-    from ray import tune as ray_tune
-    from ray.tune.integration.ray_train import TuneReportCallback
-
-    config = sweep.train_config(point)
-    check_device(config, use_gpu=use_gpu)
-    if not is_run(trials_folder.parent, shared.run_id):
-        raise UsageError(not_shared(trials_folder.parent))
-    rows = shared.rows if _key(config, _ROW_FIELDS) == _key(shared.base, _ROW_FIELDS) else load_rows(dataset, config)
-    # The name holds nothing that changes, so that a trial begun again finds its checkpoints.
-    folder = trials_folder / str(ray_tune.get_context().get_trial_id())
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / REQUEST_FILE, {"id": shared.run_id, "verb": "trial"})
-    initial = shared.initial
-    if saved_checkpoints(folder):
-        initial = None
-    elif initial is None or _key(config, _WEIGHT_FIELDS) != _key(shared.base, _WEIGHT_FIELDS):
-        initial = ray.put(initial_weights(config))
-    # No checkpoints within an epoch: Tune would take them for results.
-    trainer = make_trainer(config, folder, shared.run_id, rows, initial, use_gpu=use_gpu, callbacks=[TuneReportCallback()])
-    for kind, message in (trainer.fit().return_value or {}).items():
-        raise UsageError(message) if kind == "usage" else TrainingError(message)
-
-
-def _summary(result: Any, trials_folder: Path, config: SweepConfig) -> TrialSummary:
-    """Read a trial's epochs from its own last checkpoint: Tune keeps only what it saw in its last life."""
-    point = dict(result.config or {})
-    trial_id = Path(result.path).name
-    error = one_line(root_of(result.error)) if result.error else None
-    kept = best_checkpoint(trials_folder / trial_id)
+    write_text_atomic(folder / "report.html", render(journal.trials, facts))
+    same_rows = folds is None and rows_key(best_config) == rows_key(base)
+    its_rows = rows[None] if same_rows else load_rows(dataset, best_config)
+    assert isinstance(its_rows, LoadedRows)
+    weights_from = trial_folder(folder, best.trial.number, None)
+    if folds is not None:
+        say("training the best configuration on the train split, for the bundle")
+        weights_from = folder / "trials" / "best"
+        _train_best(best_config, weights_from, run_id, its_rows, use_gpu=use_gpu)
+    kept = best_checkpoint(weights_from)
     if kept is None:
-        return TrialSummary(trial_id, point, [], None, None, error or "no epoch was finished")
-    progress = kept[1]
-    return TrialSummary(trial_id, point, progress.history, progress.best_epoch, progress.best_value, error)
+        raise TrainingError(f"{weights_from}: the checkpoints of the best trial are gone")
+    return finish(kept[0], its_rows, best_config, dataset, folder / "bundle", run_id, name=folder.name, use_gpu=use_gpu)
 
 
-def best_yaml(best: TrialSummary, config: TrainConfig, metric: str) -> str:
+def _train_best(config: TrainConfig, folder: Path, run_id: str, rows: LoadedRows, *, use_gpu: bool) -> None:
+    """Train what was scored on folds as `train` would with best.yaml; goes on with what an interrupted call began."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / REQUEST_FILE, {"id": run_id, "verb": "trial"})
+    fit_run(config, folder, run_id, rows, use_gpu=use_gpu)
+
+
+def best_yaml(best: Standing, config: TrainConfig, sweep: SweepConfig) -> str:
     """Return a file that `ray_jobs.train --config` takes as it is: the whole configuration of the best trial."""
-    header = f"# Best trial {best.trial_id}: {metric} {best.value:.6f} on validation after epoch {(best.best_epoch or 0) + 1}.\n"
+    seeds = "" if len(best.values) == 1 else f", mean of {len(best.values)} seeds"
+    folds = "" if sweep.folds is None else ", mean over the folds"
+    header = f"# Best configuration of a sweep, trial {best.trial.name}: {sweep.metric} {best.value:.6f} on validation{folds}{seeds}.\n"
     return header + str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
@@ -298,16 +254,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = config_from(args, SweepConfig)
     result = tune(config, args.data, args.out, verbose=args.verbose)
     folder = result.bundle.path.parent
+    best = result.standings[0] if result.standings else None
     if result.already_complete:
         say(f"already complete: {folder}")
-    else:
-        best = result.trials[0]
+    elif best is not None:
+        searched = [trial for trial in result.trials if trial.kind == "search"]
+        ended = {status: sum(trial.status == status for trial in searched) for status in ("stopped", "failed")}
+        also = "".join(f", {count} {status}" for status, count in ended.items() if count)
         say(
-            f"best of {len(result.trials)} trials: {describe_point(best.point)}: {config.metric} {best.value:.4f}\n"
+            f"best of {len(searched)} trials{also}: {describe_point(best.trial.point)}: {config.metric} {best.value:.4f}{best.spread_text}\n"
             f"bundle: {result.bundle.path}\nreport: {folder / 'report.html'}\n"
-            f"train it longer: sentinode train --config {folder / 'best.yaml'} --data {args.data} --out DIR"
+            f"train it again: sentinode train --config {folder / 'best.yaml'} --data {args.data} --out DIR"
         )
-    return {"bundle": str(result.bundle.path), "digest": result.bundle.manifest.digest, "already_complete": result.already_complete}
+    summary = {"bundle": str(result.bundle.path), "digest": result.bundle.manifest.digest, "already_complete": result.already_complete}
+    return summary | ({"best": best.trial.point, config.metric: best.value, "trials": len(result.trials)} if best is not None else {})
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_jobs.tune") -> int:

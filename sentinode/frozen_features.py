@@ -1,7 +1,7 @@
 """Outputs of frozen stages, kept in files: epochs and trials that see the same patches in the same way through the same stages compute them once.
 
-It takes a finite set of looks (`augment.views`): with new random numbers in every epoch no output would ever be needed again. What a kept output holds
-is a function of its key alone: it is computed in batches of a fixed size in the order of the rows, whatever batches are trained on.
+It takes a finite set of looks (`augment.views`): with new random numbers in every epoch no output would ever be needed again. What a kept output
+holds is a function of its key alone: it is computed in batches of a fixed size in the order of the rows, whatever batches are trained on.
 """
 
 import fcntl
@@ -21,7 +21,11 @@ BATCH_ROWS = 64
 """Rows that are computed at a time."""
 
 # numpy has no bfloat16: its bits are stored.
-_STORED: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype(np.float32), torch.float16: np.dtype(np.float16), torch.bfloat16: np.dtype(np.uint16)}
+_STORED: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float32: np.dtype(np.float32),
+    torch.float16: np.dtype(np.float16),
+    torch.bfloat16: np.dtype(np.uint16),
+}
 
 
 class Features:

@@ -402,7 +402,7 @@ def _own_sums(sums: list[list[float]], group: Group) -> list[float]:
 
 
 def _features_key(learner: Learner, config: TrainConfig, rows: int, *, look: int | None) -> str:
-    """Return a name for everything that decides what frozen stages make of all rows: of a look of those trained on, or, None, of those validated on."""
+    """Return a name for what decides the outputs of frozen stages: of a look of all rows trained on, or, None, of those validated on."""
     seen: dict[str, object] = {"batch": config.eval_batch_size}
     if look is not None:
         seen = {"augment": config.augment.model_dump(), "seed": config.seed, "look": look}

@@ -5,6 +5,7 @@ Read with `load_config`: defaults, then a YAML file or preset, then `key=value` 
 """
 
 from sentinode.config.base import Config, Engine, Fraction, Rgb, Seed
+from sentinode.config.domains import DOMAIN_KINDS, Choice, Domain, Grid, LogRandInt, LogUniform, RandInt, Uniform
 from sentinode.config.ensemble import EnsembleConfig
 from sentinode.config.errors import describe_validation_error
 from sentinode.config.export import ExportConfig
@@ -13,7 +14,7 @@ from sentinode.config.loading import ConfigT, load_config, parse_config, read_ya
 from sentinode.config.paths import merge, set_by_path
 from sentinode.config.prepare import PrepareConfig
 from sentinode.config.serve import ServeConfig
-from sentinode.config.sweep import DOMAIN_KINDS, AshaConfig, Choice, Domain, Grid, LogUniform, NoScheduler, RandInt, SweepConfig, Uniform
+from sentinode.config.sweep import AshaConfig, MedianConfig, NoScheduler, SweepConfig
 from sentinode.config.train import IMAGENET_MEAN, IMAGENET_STD, Arch, AugmentConfig, Precision, ReviewRule, TrainConfig
 
 __all__ = [
@@ -33,7 +34,9 @@ __all__ = [
     "ExportConfig",
     "Fraction",
     "Grid",
+    "LogRandInt",
     "LogUniform",
+    "MedianConfig",
     "NoScheduler",
     "Precision",
     "PredictConfig",

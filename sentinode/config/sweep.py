@@ -1,65 +1,49 @@
 """How learning rate, unfreeze depth or any other field of TrainConfig is searched."""
 
-import math
-from collections.abc import Mapping
+import difflib
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, field_serializer, field_validator, model_validator
 
 from sentinode.config.base import Config, Seed
+from sentinode.config.domains import Domain, Grid, parse_domain
 from sentinode.config.errors import describe_validation_error
+from sentinode.config.expressions import Expression
 from sentinode.config.paths import set_by_path
-from sentinode.config.train import TrainConfig
+from sentinode.config.train import AugmentConfig, ReviewRule, TrainConfig
 
+Branches = tuple[SerializeAsAny[Domain], ...]
+Count = Annotated[int, Field(ge=1)]
 
-class LogUniform(Config):
-    """A value drawn uniformly in its logarithm from [low, high]."""
-
-    loguniform: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
-
-
-class Uniform(Config):
-    """A value drawn uniformly from [low, high]."""
-
-    uniform: tuple[float, float]
-
-
-class RandInt(Config):
-    """A whole number drawn uniformly from low..high, both included."""
-
-    randint: tuple[int, int]
-
-
-class Choice(Config):
-    """One of the listed values, drawn at random."""
-
-    choice: Annotated[list[Any], Field(min_length=1)]
-
-
-class Grid(Config):
-    """Every listed value is tried."""
-
-    grid: Annotated[list[Any], Field(min_length=1)]
-
-
-Domain = LogUniform | Uniform | RandInt | Choice | Grid
-DOMAIN_KINDS: dict[str, type[Config]] = {
-    "loguniform": LogUniform,
-    "uniform": Uniform,
-    "randint": RandInt,
-    "choice": Choice,
-    "grid": Grid,
-}
+_SET_ELSEWHERE = {"workers": "workers_per_trial", "selection_metric": "metric"}
+# Of the machine, or of what is written down: the same for all trials.
+_NOT_SEARCHED = ("use_gpu", "cpus_per_worker", "max_failures", "checkpoint_interval_s", "trackers", "mlflow_uri", "mlflow_experiment")
 
 
 class AshaConfig(Config):
     """Asynchronous successive halving: weak trials end early."""
 
     kind: Literal["asha"]
-    grace_period_epochs: Annotated[int, Field(ge=1)] = 1
-    """Epochs that every trial gets."""
+    grace_period_epochs: Count = 1
+    """Epochs that every trial gets, without folds."""
+    grace_period_folds: Count = 1
+    """Folds that every trial gets, with folds."""
     reduction_factor: Annotated[int, Field(ge=2)] = 4
     """At each rung the best 1/this go on."""
+
+
+class MedianConfig(Config):
+    """The median stopping rule: a trial ends that is worse than the median of the others' running means at the same time."""
+
+    kind: Literal["median"]
+    grace_period_epochs: Count = 1
+    """Epochs that every trial gets, without folds."""
+    grace_period_folds: Count = 1
+    """Folds that every trial gets, with folds."""
+    min_trials: Count = 3
+    """Other trials that must have come as far before one is ended."""
 
 
 class NoScheduler(Config):
@@ -71,21 +55,40 @@ class NoScheduler(Config):
 class SweepConfig(Config):
     """A search over fields of TrainConfig."""
 
-    space: Annotated[dict[str, Domain], Field(min_length=1)]
-    """Field of TrainConfig (dots for nested ones) -> how its values are drawn."""
+    space: Annotated[dict[str, Branches], Field(min_length=1)]
+    """Field of TrainConfig (dots for nested ones) -> how its values are drawn; of a list the first one whose `when` holds."""
     base: dict[str, Any] = {}
     """Fields of TrainConfig that all trials share."""
-    searcher: Literal["random", "grid"] = "random"
-    """`random` draws `trials` points; `grid` tries every combination of a space made of `grid` entries only."""
-    trials: Annotated[int, Field(ge=1)] = 16
-    """Points drawn by `random`; each combination of `grid` entries is drawn this many times."""
-    scheduler: Annotated[AshaConfig | NoScheduler, Field(discriminator="kind")] = NoScheduler()
+    constraints: tuple[str, ...] = ()
+    """Expressions over fields of TrainConfig that every point meets, e.g. `batch_size * input_size_px ** 2 <= 3.3e6`."""
+    searcher: Literal["random", "grid", "optuna"] = "random"
+    """`random` draws `trials` points; `grid` tries every combination of a space made of `grid` entries only; `optuna` learns (TPE)."""
+    trials: Count = 16
+    """Points drawn by `random` and `optuna`; with `random` each combination of `grid` entries is drawn this many times."""
+    startup_trials: Count = 8
+    """`optuna`: trials drawn at random before it decides."""
+    cost: Literal["gflops", "train_seconds"] | None = None
+    """A second objective, as small as possible: floating-point operations of one patch through the network, billions, or seconds of training and
+    validation. `optuna` then searches the front of metric against cost; the report shows it; the bundle is the best by `metric`."""
+    scheduler: Annotated[AshaConfig | MedianConfig | NoScheduler, Field(discriminator="kind")] = NoScheduler()
     """What ends weak trials early."""
     metric: Literal["val_roc_auc", "val_loss"] = "val_roc_auc"
     """Validation metric that ranks epochs and trials. The test split is never read by a sweep."""
-    workers_per_trial: Annotated[int, Field(ge=1)] = 1
+    folds: tuple[Annotated[int, Field(ge=0)], ...] | Literal["all"] | None = None
+    """Folds of the data set on which each trial is trained and scored, one after the other; their mean ranks it. null = the train and val splits."""
+    repeats: Annotated[int, Field(ge=0)] = 0
+    """Further seeds with which the best configurations are trained when the search is over; the mean ranks them then."""
+    repeat_top: Count = 3
+    """How many of the best configurations that is."""
+    warm_start: tuple[str, ...] = ()
+    """Where to begin: best.yaml of another sweep, whose point is tried first, or the folder of one, whose best points are."""
+    warm_start_trials: Count = 3
+    """Points taken from each folder."""
+    workers_per_trial: Count = 1
     """DDP workers of each trial."""
-    max_concurrent_trials: Annotated[int, Field(ge=1)] | None = None
+    gpus_per_worker: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """GPUs of each worker, where there are GPUs. A part of one lets trials share it; for trials of one worker, since NCCL takes no device twice."""
+    max_concurrent_trials: Count | None = None
     """Trials at a time; null = as many as the cluster has room for."""
     seed: Seed = 42
     """Decides the points drawn."""
@@ -93,43 +96,91 @@ class SweepConfig(Config):
     @field_validator("space", mode="before")
     @classmethod
     def _known_kinds(cls, space: Any) -> Any:
-        # Without this the union would answer a typo with one complaint per kind of domain.
         if not isinstance(space, dict):
             return space
-        parsed = {}
-        for key, domain in space.items():
-            if isinstance(domain, Config):
-                parsed[key] = domain
-                continue
-            if not (isinstance(domain, dict) and len(domain) == 1 and next(iter(domain)) in DOMAIN_KINDS):
-                raise ValueError(f"{key}: {domain!r} must be one of {', '.join(DOMAIN_KINDS)}, e.g. {{choice: [0, 1]}}")
-            kind = DOMAIN_KINDS[next(iter(domain))]
-            try:
-                parsed[key] = kind(**domain)
-            except ValidationError as error:
-                raise ValueError(f"{key}: {describe_validation_error(error, kind)}") from error
-        return parsed
+        return {key: tuple(parse_domain(key, one) for one in (given if isinstance(given, list | tuple) else [given])) for key, given in space.items()}
+
+    @field_serializer("space")
+    def _as_written(self, space: dict[str, Branches]) -> dict[str, Any]:
+        written = {key: [branch.model_dump() for branch in branches] for key, branches in space.items()}
+        return {key: branches[0] if len(branches) == 1 else branches for key, branches in written.items()}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for key, instead in (("workers", "workers_per_trial"), ("selection_metric", "metric")):
+        for key, instead in _SET_ELSEWHERE.items():
             if key in self.base or key in self.space:
                 raise ValueError(f"{key} cannot be set per trial: use {instead}")
-        for key in ("use_gpu", "cpus_per_worker", "max_failures"):
+        for key in _NOT_SEARCHED:
             if key in self.space:
                 raise ValueError(f"space.{key}: the same for all trials; set it in base")
         self._check_point({}, "base")
-        for key, domain in self.space.items():
+        for key, branches in self.space.items():
             if _is_set(self.base, key):
                 raise ValueError(f"base.{key}: also in space; keep one of the two")
             for other in self.space:
                 if other.startswith(f"{key}."):
                     raise ValueError(f"space.{other}: a part of {key}, which is in space too; keep one of the two")
-            for value in _values_to_check(domain, f"space.{key}"):
-                self._check_point({key: value}, f"space.{key}")
-        if self.searcher == "grid" and not all(isinstance(domain, Grid) for domain in self.space.values()):
+            self._check_conditions(key, branches)
+        _ = self.keys  # a circle of conditions
+        for key, branches in self.space.items():
+            for branch in branches:
+                self._check_values(key, branch)
+        if self.searcher == "grid" and not all(isinstance(branch, Grid) for branches in self.space.values() for branch in branches):
             raise ValueError("searcher grid needs a space of grid entries only")
+        self._check_rest()
+        self._check_constraints()
         return self
+
+    def _check_conditions(self, key: str, branches: Branches) -> None:
+        if not branches:
+            raise ValueError(f"space.{key}: an empty list")
+        for number, branch in enumerate(branches):
+            if number < len(branches) - 1 and not branch.when:
+                raise ValueError(f"space.{key}: entry {number + 1} of {len(branches)} has no `when`, so those after it are never drawn")
+            for other, values in branch.when.items():
+                if other not in self.space:
+                    raise ValueError(f"space.{key}: when: {other} is not in space{_nearest(other, self.space)}")
+                listed = [one.listed for one in self.space[other]]
+                if any(some is None for some in listed):
+                    raise ValueError(f"space.{key}: when: {other} must be a choice, a grid or whole numbers to be compared with")
+                if not values:
+                    raise ValueError(f"space.{key}: when: {other} has no values")
+                for value in values:
+                    if not any(one.holds(value) for one in self.space[other]):
+                        raise ValueError(f"space.{key}: when: {other} is never {value!r}")
+
+    @functools.cached_property
+    def keys(self) -> list[str]:
+        """The keys of the space, each after those that its conditions name.
+
+        Raises
+        ------
+        ValueError
+            Conditions go round in a circle.
+        """
+        ordered: list[str] = []
+        left = dict(self.space)
+        while left:
+            ready = [key for key, branches in left.items() if not any(other in left for branch in branches for other in branch.when)]
+            if not ready:
+                raise ValueError(f"space: the conditions of {', '.join(sorted(left))} go round in a circle")
+            ordered += ready
+            left = {key: branches for key, branches in left.items() if key not in ready}
+        return ordered
+
+    def domain(self, key: str, point: Mapping[str, Any]) -> Domain | None:
+        """Return how the values of a parameter are drawn at a point, of which what its conditions name is decided; None where it does not exist."""
+        return next((branch for branch in self.space[key] if branch.exists(point)), None)
+
+    def _check_values(self, key: str, branch: Domain) -> None:
+        """A value of a domain that is not valid would end some trial at its start."""
+        try:
+            values = branch.ends()
+        except ValueError as error:
+            raise ValueError(f"space.{key}: {error}") from error
+        given = {other: some[0] for other, some in branch.when.items()}
+        for value in values:
+            self._check_point({**given, key: value}, f"space.{key}")
 
     def _check_point(self, point: Mapping[str, Any], where: str) -> None:
         try:
@@ -138,6 +189,39 @@ class SweepConfig(Config):
             raise ValueError(f"{where}: {describe_validation_error(error, TrainConfig)}") from error
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
+
+    def _check_rest(self) -> None:
+        if self.folds is not None:
+            for place, fields in (("base", self.base), ("space", self.space)):
+                if fields.get("fold") is not None:
+                    raise ValueError(f"{place}.fold: set folds or fold, not both")
+            if self.folds != "all" and (len(self.folds) < 2 or len(set(self.folds)) < len(self.folds)):
+                raise ValueError(f"folds: got {list(self.folds)}, expected at least two different ones, or all")
+        if not isinstance(self.scheduler, NoScheduler):
+            wrong, right = ("grace_period_epochs", "grace_period_folds") if self.folds is not None else ("grace_period_folds", "grace_period_epochs")
+            if wrong in self.scheduler.model_fields_set and getattr(self.scheduler, wrong) != 1:
+                raise ValueError(f"scheduler.{wrong}: {'with' if self.folds is not None else 'without'} folds set {right}")
+        if self.gpus_per_worker < 1 and self.workers_per_trial > 1:
+            raise ValueError(f"gpus_per_worker: got {self.gpus_per_worker:g}, but NCCL takes no device twice: several workers need a whole one each")
+        if self.repeats and "seed" in self.space:
+            raise ValueError("repeats: further seeds mean nothing where seed is in space; keep one of the two")
+
+    def _check_constraints(self) -> None:
+        for expression in self.expressions:
+            for name in expression.names:
+                if not _is_field(name):
+                    raise ValueError(f"constraints: {expression.text!r}: unknown key {name}{_nearest(name, _field_names())}")
+        from sentinode.search.space import check_points
+
+        check_points(self)
+
+    @functools.cached_property
+    def expressions(self) -> list[Expression]:
+        """The constraints, parsed."""
+        try:
+            return [Expression(text) for text in self.constraints]
+        except ValueError as error:
+            raise ValueError(f"constraints: {error}") from error
 
     def train_config(self, point: Mapping[str, Any]) -> TrainConfig:
         """Return the TrainConfig of one trial: `base`, overlaid with one point of the space.
@@ -154,19 +238,35 @@ class SweepConfig(Config):
             set_by_path(fields, key, value)
         return TrainConfig(**fields)
 
+    def largest(self, key: str) -> Any:
+        """Return the largest value that a field of numbers may have in any trial."""
+        return max(self._possible(key))
 
-def _values_to_check(domain: Domain, where: str) -> list[Any]:
-    """Values of a domain that must be valid, or some trial would end at its start."""
-    if isinstance(domain, Choice | Grid):
-        return next(iter(domain.model_dump().values()))
-    low, high = next(iter(domain.model_dump().values()))
-    if not low < high:
-        raise ValueError(f"{where}: range {[low, high]} must run from low to high")
-    # Between whole ends lie fractions, which a field of whole numbers does not take.
-    return [low, high] if isinstance(domain, RandInt) else [low, high, low + (high - low) / math.pi]
+    def smallest(self, key: str) -> Any:
+        """Return the smallest value that a field of numbers may have in any trial."""
+        return min(self._possible(key))
+
+    def _possible(self, key: str) -> list[Any]:
+        branches = self.space.get(key, ())
+        values = [value for branch in branches for value in branch.ends()]
+        return values if branches and not branches[-1].when else [*values, getattr(self.train_config({}), key)]
 
 
 def _is_set(fields: Mapping[str, Any], path: str) -> bool:
     head, _, rest = path.partition(".")
     inner = fields.get(head)
     return head in fields and (not rest or (isinstance(inner, Mapping) and _is_set(inner, rest)))
+
+
+def _field_names() -> list[str]:
+    nested: dict[str, type[Config]] = {"augment": AugmentConfig, "review": ReviewRule}
+    return [*TrainConfig.model_fields, *(f"{key}.{name}" for key, model in nested.items() for name in model.model_fields)]
+
+
+def _is_field(name: str) -> bool:
+    return name in _field_names()
+
+
+def _nearest(name: str, among: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(among), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -44,8 +44,8 @@ class AugmentConfig(Config):
     """Half of the patches are what JPEG (4:2:0) leaves of them, at a quality even between this and 100; null for none."""
 
     views: Count | None = None
-    """Looks of each patch: after so many epochs the random numbers repeat themselves; null for new ones in every epoch. With frozen stages, what these
-    make of each look is kept and used again (`feature_cache_gib`): epochs of depth 0 and 1 get many times, and twice, as fast."""
+    """Looks of each patch: after so many epochs the random numbers repeat themselves; null for new ones in every epoch. What frozen stages make of
+    each look is kept then and used again (`feature_cache_gib`): epochs of depth 0 become very much faster, those of depth 1 twice as fast."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,12 +11,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from ray_jobs.checkpoints import best_and_last
 from sentinode.bundle import Bundle
 from sentinode.dataset import PreparedDataset
+from tests.clusters import cluster_of, node_that_runs
 from tests.factories import make_dataset
 from tests.processes import ROOT, Running, running, sentinode
 
@@ -35,39 +34,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
     return make_dataset(tmp_path_factory.mktemp("chaos") / "data", train=ROWS, val=41)
 
 
-@contextmanager
-def _cluster(nodes: int) -> Iterator[Any]:
-    """A cluster of a head and some more nodes, each with one CPU."""
-    import ray.util
-    from ray.cluster_utils import Cluster
-
-    with socket.socket() as one, socket.socket() as other:
-        for probe in (one, other):
-            probe.bind(("127.0.0.1", 0))
-        port, dashboard_port = one.getsockname()[1], other.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch:
-        # Its processes must not take another Ray of this machine for theirs.
-        patch.setenv("RAY_ADDRESS", f"{ray.util.get_node_ip_address()}:{port}")
-        dashboard = {"include_dashboard": True, "dashboard_port": dashboard_port}
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "gcs_server_port": port, **dashboard})
-        try:
-            for _ in range(nodes):
-                cluster.add_node(num_cpus=1)
-            yield cluster
-        finally:
-            cluster.shutdown()
-
-
-def _node_with_a_worker(cluster: Any) -> Any:
-    """A node, not the head, on which a worker of the run is training."""
-    for node in cluster.worker_nodes:
-        (raylet,) = node.all_processes["raylet"]
-        with suppress(psutil.NoSuchProcess):
-            if any("RayTrainWorker" in " ".join(process.cmdline()) for process in psutil.Process(raylet.process.pid).children(recursive=True)):
-                return node
-    raise AssertionError("no worker trains on a node beside the head")
-
-
 def _train(dataset: PreparedDataset, out: Path, workers: str) -> list[str | Path]:
     return ["train", "--data", dataset.path, "--out", out, "--set", *SETTINGS, f"workers={workers}"]
 
@@ -80,12 +46,12 @@ def _history(out: Path) -> list[dict[str, Any]]:
 
 def test_a_killed_node_is_replaced_by_another_and_the_result_is_the_same(dataset: PreparedDataset, tmp_path: Path) -> None:
     # Two workers, three nodes beside the head: one to spare.
-    with _cluster(nodes=3) as cluster:
+    with cluster_of(nodes=3) as cluster:
         done = sentinode(*_train(dataset, tmp_path / "undisturbed", "2"), ray_address=cluster.address)
         assert done.returncode == 0, done.stderr
         with running(*_train(dataset, tmp_path / "run", "2"), ray_address=cluster.address) as command:
             command.wait_for_line("epoch 1/", 180)
-            cluster.remove_node(_node_with_a_worker(cluster), allow_graceful=False)
+            cluster.remove_node(node_that_runs(cluster, "RayTrainWorker"), allow_graceful=False)
             command.wait_for_line("training with 2 workers on cpu, continuing after epoch ", 180)
             command.wait_for_line("bundle: ", 240)
             assert command.process.wait(60) == 0
@@ -123,11 +89,11 @@ def test_an_elastic_run_goes_on_with_fewer_and_with_more_workers(dataset: Prepar
     # Checkpoints within epochs, so that rows which two workers have not had are left to one, and the other way round. That each is trained on once
     # is a test of the core's; here the counts must come out right. The run does not end by itself: nodes take their time.
     argv = [*_train(dataset, tmp_path / "run", "[1,2]"), "epochs=1000", "checkpoint_interval_s=0.3"]
-    with _cluster(nodes=1) as cluster, _elastic(argv, cluster.address) as command:
+    with cluster_of(nodes=1) as cluster, _elastic(argv, cluster.address) as command:
         command.wait_for_line("training with 2 workers on cpu", 180)
         command.wait_for_line("epoch 1/", 180)
         _wait_until_within_an_epoch(tmp_path / "run")
-        cluster.remove_node(_node_with_a_worker(cluster), allow_graceful=False)
+        cluster.remove_node(node_that_runs(cluster, "RayTrainWorker"), allow_graceful=False)
         command.wait_for_line("training with 1 worker on cpu, continuing ", 180)
         command.wait_for_line("epoch ", 180)
         cluster.add_node(num_cpus=1)
@@ -143,7 +109,7 @@ def test_an_elastic_run_goes_on_with_fewer_and_with_more_workers(dataset: Prepar
 
 def test_an_elastic_run_without_room_says_so_and_ends_at_once_when_it_is_told_to(dataset: PreparedDataset, tmp_path: Path) -> None:
     argv = [*_train(dataset, tmp_path / "run", "[2,3]"), "epochs=1000"]
-    with _cluster(nodes=2) as cluster, _elastic(argv, cluster.address) as command:
+    with cluster_of(nodes=2) as cluster, _elastic(argv, cluster.address) as command:
         command.wait_for_line("epoch 1/", 240)
         # The head's CPU is left, which is room for one.
         for node in list(cluster.worker_nodes):

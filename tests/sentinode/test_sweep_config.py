@@ -36,7 +36,7 @@ def test_a_point_of_the_space_overlays_the_base() -> None:
             "metric": "val_loss",
         },
     )
-    assert sweep.space["learning_rate"] == LogUniform(loguniform=(1e-5, 1e-2))
+    assert sweep.space["learning_rate"] == (LogUniform(loguniform=(1e-5, 1e-2)),)
     config = sweep.train_config({"learning_rate": 0.001, "augment.colour_jitter": 0.25})
     assert (config.learning_rate, config.epochs, config.workers, config.selection_metric) == (0.001, 2, 3, "val_loss")
     assert (config.augment.colour_jitter, config.augment.hue_jitter) == (0.25, 0.1)
@@ -57,9 +57,9 @@ def test_a_point_of_the_space_overlays_the_base() -> None:
         ({"unfreeze_depth": {"choice": [0, 9]}}, "space.unfreeze_depth: unfreeze_depth: got 9, input should be less than or equal to 5"),
         ({"unfreeze_depth": {"randint": [0, 6]}}, "space.unfreeze_depth: unfreeze_depth: got 6"),
         ({"unfreeze_depth": {"grid": []}}, "space: unfreeze_depth: grid: got []"),
-        ({"unfreeze_depth": {"choise": [1]}}, "must be one of loguniform, uniform, randint, choice, grid"),
-        ({"unfreeze_depth": [0, 1]}, "must be one of loguniform, uniform, randint, choice, grid"),
-        ({"unfreeze_depth": {"choice": [1], "grid": [1]}}, "must be one of loguniform, uniform, randint, choice, grid"),
+        ({"unfreeze_depth": {"choise": [1]}}, "must be one of loguniform, uniform, randint, lograndint, choice, grid"),
+        ({"unfreeze_depth": [0, 1]}, "must be one of loguniform, uniform, randint, lograndint, choice, grid"),
+        ({"unfreeze_depth": {"choice": [1], "grid": [1]}}, "must be one of loguniform, uniform, randint, lograndint, choice, grid"),
         ({"epochs": {"choice": [True]}}, "space.epochs: epochs: got True, input should be a number"),
         ({"epochs": {"randint": [True, 5]}}, "space: epochs: randint: got [True, 5], input should be a number"),
         ({"augment.": {"grid": [{}]}}, "space.augment.: a key has an empty part"),

@@ -1,0 +1,160 @@
+"""What a sweep costs beside its trainings by hand, and what halving saves of a grid.
+
+    sentinode prepare --source kaggle/ --out out/data
+    python -m benchmarks.tune --data out/data --parts overhead asha
+
+overhead  Wall clock of `tune` over a grid, one trial at a time, on a Ray that runs already, beside the same trainings one after the other: in one
+          process that holds the rows and writes the same checkpoints (`loop`, the least that it can cost), and by the command `train` on that Ray
+          (`train`). The trial's process, its import of torch, journal, report and bundle are on the sweep's clock. Goal: 1.10 of the loop.
+asha      Image-steps of ASHA beside the whole grid, on the same points with the same seed, and the best validation ROC-AUC of both. Goals: at most a
+          third of the steps, and within 0.005. Nothing is timed.
+
+Sides take turns; each training has one thread. Ends with exit code 1 where a goal is missed; a goal is met where the interval of the median
+reaches it.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.ratios import median_of
+from ray_jobs.cluster import connected
+from ray_jobs.run_folder import REQUEST_FILE
+from ray_jobs.sweep.lone_training import LoneTraining
+from ray_jobs.train import initial_weights, train
+from ray_jobs.tune import tune
+from sentinode.config import SweepConfig, TrainConfig
+from sentinode.dataset import Patches, PreparedDataset
+from sentinode.finishing import finish_bundle
+from sentinode.ingest import ResidentRows
+from sentinode.storage import write_json
+
+OVERHEAD_GOAL, STEPS_GOAL, AUC_GOAL = 1.10, 1 / 3, 0.005
+# The space of tune_configs/smoke.yaml as a grid.
+RATES = [1.0e-4, 2.0e-4, 4.0e-4, 7.0e-4, 1.0e-3, 1.5e-3, 2.0e-3, 3.0e-3]
+BASE = {"arch": "resnet18", "weights": "none", "input_size_px": 32, "batch_size": 64, "trackers": [], "early_stopping_patience_epochs": None}
+
+
+def sweep_config(rates: list[float], depths: list[int], epochs: int, **changes: Any) -> SweepConfig:
+    """Return a grid over the smoke space."""
+    space = {"learning_rate": {"grid": rates}, "unfreeze_depth": {"grid": depths}}
+    return SweepConfig(space=space, base=BASE | {"epochs": epochs}, searcher="grid", **changes)
+
+
+class _InMemory:
+    """Rows that one process holds itself."""
+
+    ingest = "resident"
+
+    def __init__(self, dataset: PreparedDataset) -> None:
+        self.train, self.val = dataset.read_train_and_val(None)
+
+    def source(self, config: TrainConfig, device: torch.device) -> ResidentRows:
+        """Return the rows to train on."""
+        return ResidentRows(self.train, device)
+
+    def validation(self, config: TrainConfig) -> Patches:
+        """Return the rows to validate on."""
+        return self.val
+
+
+def by_hand(configs: list[TrainConfig], data: Path, out: Path) -> None:
+    """Train one after the other in this process, and make a bundle of the best, as a sweep does."""
+    dataset = PreparedDataset.open(data)
+    rows = _InMemory(dataset)
+    best: tuple[float, TrainConfig, dict[str, torch.Tensor]] | None = None
+    for number, config in enumerate(configs):
+        folder = out / f"{number}"
+        folder.mkdir(parents=True)
+        write_json(folder / REQUEST_FILE, {"id": "hand"})
+        training = LoneTraining(config, folder, rows, lambda config=config: initial_weights(config), use_gpu=False)  # type: ignore[arg-type, misc]
+        while training.next_epoch():
+            pass
+        training.close()
+        value = training.progress.best_value or 0.0
+        if best is None or value > best[0]:
+            best = (value, config, {name: tensor.clone() for name, tensor in training._learner.kept.state_dict().items()})
+    assert best is not None
+    finish_bundle(best[2], rows.val, best[1], dataset.manifest, out / "bundle", name="hand")
+
+
+def overhead(data: Path, pairs: int, train_pairs: int, epochs: int) -> bool:
+    """Print the ratios of the first part; tell whether the goal is met."""
+    config = sweep_config([3.0e-4, 1.0e-3], [4, 5], epochs, max_concurrent_trials=1)
+    configs = [config.train_config({"learning_rate": rate, "unfreeze_depth": depth}) for rate in (3.0e-4, 1.0e-3) for depth in (4, 5)]
+    loop_ratios, train_ratios, starts = [], [], []
+    with connected(2):
+        for number in range(pairs):
+            scratch = Path(tempfile.mkdtemp(prefix="sn-bench-"))
+            seconds: dict[str, float] = {}
+            sides = {
+                "loop": lambda scratch=scratch: by_hand(configs, data, scratch / "loop"),  # type: ignore[misc]
+                "sweep": lambda scratch=scratch: starts.extend(_starts(tune(config, data, scratch / "sweep"))),  # type: ignore[misc]
+            }
+            if number < train_pairs:
+                sides["train"] = lambda scratch=scratch: [train(one, data, scratch / f"train{index}") for index, one in enumerate(configs)]  # type: ignore[misc]
+            for side in list(sides)[:: 1 if number % 2 else -1]:
+                started = time.monotonic()
+                sides[side]()
+                seconds[side] = time.monotonic() - started
+            shutil.rmtree(scratch, ignore_errors=True)
+            loop_ratios.append(seconds["sweep"] / seconds["loop"])
+            if "train" in seconds:
+                train_ratios.append(seconds["sweep"] / seconds["train"])
+            print({side: round(value, 1) for side, value in seconds.items()}, flush=True)
+    ratio = median_of(loop_ratios)
+    print(f"overhead: sweep / loop {ratio}; goal {OVERHEAD_GOAL}")
+    print(f"overhead: sweep / train {', '.join(f'{value:.2f}' for value in train_ratios)}")
+    print(f"start of a trial: {', '.join(f'{value:.1f}' for value in starts[: len(configs)])} s in the first sweep")
+    return ratio.low <= OVERHEAD_GOAL
+
+
+def _starts(result: Any) -> list[float]:
+    return [start["seconds"] for trial in result.trials for start in trial.starts]
+
+
+def asha(data: Path, epochs: int) -> bool:
+    """Print image-steps and best figures of the second part; tell whether the goals are met."""
+    scratch = Path(tempfile.mkdtemp(prefix="sn-bench-"))
+    schedulers = {"grid": {"kind": "none"}, "asha": {"kind": "asha", "grace_period_epochs": 1, "reduction_factor": 4}}
+    steps, best = {}, {}
+    with connected(4):
+        for name, scheduler in schedulers.items():
+            config = sweep_config(RATES, [4, 5], epochs, scheduler=scheduler, max_concurrent_trials=2)
+            result = tune(config, data, scratch / name)
+            steps[name] = sum(trial.image_steps for trial in result.trials)
+            best[name] = result.standings[0].value
+            print(
+                f"{name}: {len(result.trials)} trials, {steps[name]} image-steps, best val_roc_auc {best[name]:.4f} {result.standings[0].trial.point}"
+            )
+    shutil.rmtree(scratch, ignore_errors=True)
+    share, lost = steps["asha"] / steps["grid"], best["grid"] - best["asha"]
+    print(f"asha: {share:.3f} of the grid's image-steps (goal {STEPS_GOAL:.3f}), best {lost:+.4f} below the grid's (goal {AUC_GOAL})")
+    return share <= STEPS_GOAL and lost <= AUC_GOAL
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="a prepared data set")
+    parser.add_argument("--parts", nargs="+", choices=["overhead", "asha"], default=["overhead", "asha"])
+    parser.add_argument("--pairs", type=int, default=6, help="of overhead")
+    parser.add_argument("--train-pairs", type=int, default=1, help="of these, how many beside the command train too")
+    parser.add_argument("--epochs", type=int, default=None, help="of each trial; 5 for overhead, 16 for asha")
+    args = parser.parse_args(argv)
+    met = []
+    if "overhead" in args.parts:
+        met.append(overhead(args.data, args.pairs, args.train_pairs, args.epochs or 5))
+    if "asha" in args.parts:
+        met.append(asha(args.data, args.epochs or 16))
+    return 0 if all(met) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

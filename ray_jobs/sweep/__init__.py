@@ -1,0 +1,1 @@
+"""What `ray_jobs.tune` is made of."""

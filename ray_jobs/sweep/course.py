@@ -1,0 +1,251 @@
+"""The course of a sweep: which trial is next, what is heard of those that run, when it is over. Tune only carries it out (`tune_search`).
+
+Everything that decides is in the journal, so a course that begins with the journal of an interrupted one goes on where that was: the source of points
+and the rule that stops trials are told again what happened, in the order in which it did.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray_jobs.checkpoints import is_settled, keep_weights_only
+from ray_jobs.sweep.progress import SweepProgress
+from ray_jobs.sweep.rule import Rule
+from ray_jobs.sweep.trackers import TrialTrackers
+from ray_jobs.sweep.trial import Job, trial_folder
+from sentinode.config import SweepConfig
+from sentinode.errors import SentinodeError, StorageError
+from sentinode.search.journal import Journal, TrialRecord, rank
+from sentinode.search.point_sources import Outcome, PointSource
+
+# How long the end of a sweep waits for checkpoints that trials have begun to write.
+_WRITE_S = 300.0
+# How often it looks for them.
+_LOOK_S = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+class Course:
+    """See the module.
+
+    Parameters
+    ----------
+    config : SweepConfig
+    folder : Path
+        The sweep's.
+    journal : Journal
+    source : PointSource
+        New; told here what the journal knows.
+    limit : int
+        Trials that may run at a time.
+    epochs : int
+        Of a trial that is not stopped, for the rule and for what is told.
+    folds : list of int or None
+    seed : int
+        Of the trials of the search.
+    progress : SweepProgress
+    trackers : TrialTrackers
+
+    Attributes
+    ----------
+    stopping : bool
+        Set it to begin no other trial.
+    broken : SentinodeError or None
+        Why no trial could go on.
+    """
+
+    def __init__(
+        self,
+        config: SweepConfig,
+        folder: Path,
+        journal: Journal,
+        source: PointSource,
+        *,
+        limit: int,
+        epochs: int,
+        folds: list[int] | None,
+        seed: int,
+        progress: SweepProgress,
+        trackers: TrialTrackers,
+    ) -> None:
+        self.stopping = False
+        self.broken: SentinodeError | None = None
+        self._config, self._folder, self._journal, self._source = config, folder, journal, source
+        self._limit, self._folds, self._seed = limit, folds, seed
+        self._progress, self._trackers = progress, trackers
+        self._rule = Rule(config, epochs if folds is None else len(folds))
+        self._live: dict[int, float] = {}
+        # Numbers of trials whose first epoch since they (last) began has not been heard of.
+        self._starting: set[int] = set()
+        self._settled: set[int] = set()
+        self._looked = self._over_since = float("-inf")
+        self._replay()
+        self._unfinished = [trial for trial in journal.trials if trial.status == "running"]
+
+    def _replay(self) -> None:
+        """Tell source and rule what the journal knows, in the order in which it happened."""
+        happened: list[tuple[float, int, Callable[[], None]]] = []
+        for trial in self._journal.trials:
+            if trial.kind != "search":
+                continue
+            happened.append((trial.begun_at, trial.number, lambda trial=trial: self._source.begun(trial.number, trial.point)))  # type: ignore[misc]
+            for count, record in enumerate(trial.epochs, start=1):
+                happened.append((record["at"], trial.number, lambda trial=trial, count=count: self._replay_epoch(trial, count)))  # type: ignore[misc]
+            if trial.ended_at is not None:
+                happened.append((trial.ended_at, trial.number, lambda trial=trial: self._tell_source(trial)))  # type: ignore[misc]
+        # Stable: what happened in the same millisecond stays in the order of the journal.
+        for _, _, tell in sorted(happened, key=lambda one: one[0]):
+            tell()
+
+    def _replay_epoch(self, trial: TrialRecord, count: int) -> None:
+        known = TrialRecord(trial.number, "search", None, trial.seed, trial.origin, trial.point, trial.begun_at, epochs=trial.epochs[:count])
+        following = trial.epochs[count]["fold"] if count < len(trial.epochs) else None
+        fold_over = self._folds is not None and (following != known.epochs[-1]["fold"] if count < len(trial.epochs) else trial.status != "running")
+        if not self._goes_on(known, fold_over=fold_over) and trial.status == "running" and count == len(trial.epochs):
+            # Killed between the decision and its record.
+            self._journal.end(trial.number, "stopped")
+            self._tell_source(trial)
+
+    def next_job(self) -> Job | None:
+        """Return the next trial; None where there is none now.
+
+        Raises
+        ------
+        StopIteration
+            There will be none.
+        """
+        if self.stopping:
+            raise StopIteration
+        if len(self._live) >= self._limit:
+            return None
+        try:
+            trial = self._next_trial()
+        except SentinodeError as error:
+            self._break(error)
+            raise StopIteration from error
+        if trial is None:
+            return None
+        self._live[trial.number] = time.time()
+        self._starting.add(trial.number)
+        self._progress.begun(trial, running=len(self._live))
+        return Job.of(trial)
+
+    def _next_trial(self) -> TrialRecord | None:
+        if self._unfinished:
+            return self._unfinished.pop(0)
+        searched = sum(trial.kind == "search" for trial in self._journal.trials)
+        if searched < self._source.total and (asked := self._source.ask(searched)) is not None:
+            point, origin = asked
+            return self._journal.begin(point, kind="search", origin=origin, seed=self._seed)
+        if any(self._journal.trials[number].kind == "search" for number in self._live):
+            return None
+        for trial, seed in self._wanted_repeats():
+            if not any((other.repeats, other.seed) == (trial.number, seed) for other in self._journal.trials):
+                return self._journal.begin(trial.point, kind="repeat", origin="repeat", seed=seed, repeats=trial.number)
+        if self._live or not self._all_settled():
+            return None
+        raise StopIteration
+
+    def _wanted_repeats(self) -> list[tuple[TrialRecord, int]]:
+        """Return (trial, seed) of all repeats, seed by seed, so that a sweep that is cut short has as many of one trial as of another."""
+        ranked = rank([trial for trial in self._journal.trials if trial.kind == "search" and trial.status != "failed"], self._config.metric)
+        best = [trial for trial in ranked if trial.value(self._config.metric) is not None][: self._config.repeat_top]
+        return [(trial, trial.seed + 1 + number) for number in range(self._config.repeats) for trial in best]
+
+    def hear(self, number: int, result: Mapping[str, Any]) -> bool:
+        """Take an epoch in and tell whether the trial goes on."""
+        trial = self._journal.trials[number]
+        record, fold = json.loads(result["record"]), result["fold"]
+        try:
+            if number in self._starting:
+                self._starting.discard(number)
+                waited = time.time() - self._live[number] - record["seconds"] - record["val_seconds"]
+                self._journal.start(number, max(0.0, round(waited, 3)), result.get("gflops"))
+            if not self._journal.epoch(number, record, fold):
+                # Trained again after a node was lost; it was decided on then.
+                return not result["last"]
+        except SentinodeError as error:
+            self._break(error)
+            return False
+        self._trackers.epoch(trial, fold, record)
+        self._progress.epoch(trial, record, running=len(self._live))
+        if result["last"]:
+            return False
+        return trial.kind == "repeat" or self._goes_on(trial, fold_over=result["fold_over"])
+
+    def _goes_on(self, trial: TrialRecord, *, fold_over: bool) -> bool:
+        metric, last = self._config.metric, trial.epochs[-1]
+        if self._folds is None:
+            return self._rule.goes_on(trial.number, len(trial.epochs), last.get(metric), trial.value(metric))
+        if not fold_over:
+            return True
+        best = trial.best(metric, last["fold"])
+        return self._rule.goes_on(trial.number, len(trial.folds), None if best is None else best[metric], trial.value(metric))
+
+    def began_again(self, number: int) -> None:
+        """Note that a trial lost its process and begins in another one."""
+        self._live[number] = time.time()
+        self._starting.add(number)
+        self._progress.note(f"trial {self._journal.trials[number].name} lost its process and goes on in another one")
+
+    def ended(self, number: int, result: Mapping[str, Any], error: str | None = None) -> None:
+        """Note how a trial ended, from what it told last, or from the error that ended its process."""
+        if self._live.pop(number, None) is None:
+            return
+        trial = self._journal.trials[number]
+        if "broken" in result:
+            self._break(StorageError(str(result["broken"])))
+        if error is None and ("broken" in result or "interrupted" in result or self.broken):
+            self._trackers.ended(trial, "stopped")
+            return
+        error = error or result.get("failed")
+        finished = result.get("last") or ("record" not in result and result.get("done"))
+        try:
+            self._journal.end(number, "failed" if error else "finished" if finished else "stopped", error)
+            if trial.kind == "search":
+                self._tell_source(trial)
+        except SentinodeError as failure:
+            self._break(failure)
+        self._trackers.ended(trial, "failed" if error else "finished")
+        self._progress.ended(trial, running=len(self._live))
+
+    def _tell_source(self, trial: TrialRecord) -> None:
+        metric = self._config.metric
+        failed = trial.status == "failed"
+        by_step = tuple(record[metric] for record in trial.epochs if record.get(metric) is not None)
+        cost = None if self._config.cost is None else trial.cost(self._config.cost)
+        self._source.tell(trial.number, Outcome(None if failed else trial.value(metric), cost, by_step, trial.status == "stopped"))
+
+    def _break(self, error: SentinodeError) -> None:
+        """No trial could go on: begin no other, and let those that run end at their next epoch."""
+        if self.broken is None:
+            self.broken = error
+            logger.error("%s", error)
+        self.stopping = True
+
+    def _all_settled(self) -> bool:
+        """Whether every ended trial has its last checkpoint on the disk; of those that have, only the weights of the best epoch are kept."""
+        now = time.monotonic()
+        if self._over_since == float("-inf"):
+            self._over_since = now
+        if now - self._looked >= _LOOK_S:
+            self._looked = now
+            self.settle()
+        waiting = [trial for trial in self._journal.trials if trial.status in ("finished", "stopped") and trial.number not in self._settled]
+        return not waiting or now - self._over_since > _WRITE_S
+
+    def settle(self) -> None:
+        """Keep of each ended trial whose last checkpoint is on the disk the weights of its best epoch."""
+        for trial in self._journal.trials:
+            if trial.status in ("finished", "stopped") and trial.number not in self._settled and self._is_written(trial):
+                for fold in trial.folds:
+                    keep_weights_only(trial_folder(self._folder, trial.number, fold))
+                self._settled.add(trial.number)
+
+    def _is_written(self, trial: TrialRecord) -> bool:
+        told = {fold: sum(record["fold"] == fold for record in trial.epochs) for fold in trial.folds}
+        return all(is_settled(trial_folder(self._folder, trial.number, fold), epochs) for fold, epochs in told.items())

@@ -1,0 +1,91 @@
+"""What the terminal shows of a sweep while it runs."""
+
+from collections.abc import Callable
+from typing import Any
+
+from ray_jobs.sweep.table import describe_point
+from sentinode.search.journal import Journal, TrialRecord, rank
+
+
+class SweepProgress:
+    """Tells of each epoch of each trial, and how far the sweep is.
+
+    Parameters
+    ----------
+    metric : str
+    journal : Journal
+    total : int
+        Trials of the whole sweep, repeats too.
+    epochs : int
+        Of a trial that is not stopped, over all its folds.
+    limit : int
+        Trials that may run at a time.
+    say : callable
+        Shows one line.
+    """
+
+    def __init__(self, metric: str, journal: Journal, total: int, epochs: int, limit: int, say: Callable[[str], None]) -> None:
+        self._metric, self._journal, self._total, self._epochs, self._limit, self._say = metric, journal, total, epochs, limit, say
+
+    def note(self, text: str) -> None:
+        """Show a line."""
+        self._say(text)
+
+    def begun(self, trial: TrialRecord, running: int) -> None:
+        """Show that a trial begins, or goes on."""
+        what = f"goes on after epoch {len(trial.epochs)}" if trial.epochs else "begins"
+        why = {"repeat": f", seed {trial.seed} for trial {trial.repeats or 0:05d}"}.get(trial.kind, "")
+        self._say(f"trial {trial.name} {what}: {describe_point(trial.point)}{why}")
+
+    def epoch(self, trial: TrialRecord, record: dict[str, Any], running: int) -> None:
+        """Show an epoch."""
+        value = record.get(self._metric)
+        fold = "" if record.get("fold") is None else f"fold {record['fold']}, "
+        best = rank([other for other in self._journal.trials if other.kind == "search"], self._metric)[0]
+        best_value = best.value(self._metric)
+        standing = "" if best_value is None else f", best so far {best_value:.4f}" + ("" if best is trial else f" by {best.name}")
+        self._say(
+            f"trial {trial.name} {fold}epoch {record['epoch'] + 1}: {self._metric} {'-' if value is None else format(value, '.4f')}{standing}"
+            f"  [{self.standing(running)}]"
+        )
+
+    def ended(self, trial: TrialRecord, running: int) -> None:
+        """Show how a trial ended where that is not its planned end."""
+        if trial.status == "failed":
+            self._say(f"trial {trial.name} failed, the sweep goes on: {trial.error}  [{self.standing(running)}]")
+        elif trial.status == "stopped":
+            self._say(f"trial {trial.name} stopped early, after epoch {len(trial.epochs)} of {self._epochs}  [{self.standing(running)}]")
+
+    def standing(self, running: int) -> str:
+        """Return "2 running, 5 of 16 done, 3 of them stopped early, about 12 min left"."""
+        ended = [trial for trial in self._journal.trials if trial.status != "running"]
+        parts = [f"{running} running", f"{len(ended)} of {self._total} done"]
+        for status, words in (("stopped", "stopped early"), ("failed", "failed")):
+            if count := sum(trial.status == status for trial in ended):
+                parts.append(f"{count} of them {words}")
+        left_s = self._seconds_left(ended)
+        return ", ".join(parts if left_s is None else [*parts, f"about {_duration(left_s)} left"])
+
+    def _seconds_left(self, ended: list[TrialRecord]) -> float | None:
+        """Estimate from what trials have taken so far, those that were stopped too."""
+        running = [trial for trial in self._journal.trials if trial.status == "running" and trial.epochs]
+        if ended:
+            each = sum(_taken(trial) for trial in ended) / len(ended)
+        elif running:
+            each = sum(_taken(trial) * self._epochs / len(trial.epochs) for trial in running) / len(running)
+        else:
+            return None
+        begun = len(self._journal.trials)
+        left = (self._total - begun) * each + sum(max(0.0, each - _taken(trial)) for trial in running)
+        return float(left / self._limit)
+
+
+def _taken(trial: TrialRecord) -> float:
+    """Seconds of training, validation and preparation."""
+    return trial.train_seconds + float(sum(start["seconds"] for start in trial.starts))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,106 @@
+"""What a sweep takes from earlier ones: points to try first, and outcomes to learn from."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from sentinode.config import SweepConfig, parse_config, read_yaml_mapping
+from sentinode.config.train import TrainConfig
+from sentinode.errors import ConfigError, ManifestError
+from sentinode.search.journal import Journal, TrialRecord, rank
+from sentinode.search.point_sources import Outcome
+from sentinode.search.space import Point, problem
+from sentinode.storage import local_path
+
+_REQUEST_FILE = "request.json"
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """See the module.
+
+    Attributes
+    ----------
+    first : list of Point
+    known : list of (Point, Outcome)
+    notes : list of str
+        What people should know about it.
+    """
+
+    first: list[Point] = field(default_factory=list)
+    known: list[tuple[Point, Outcome]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def warm_start(config: SweepConfig, data_fingerprint: str) -> WarmStart:
+    """Read what `config.warm_start` names.
+
+    Raises
+    ------
+    ConfigError
+        A file is missing, damaged, or holds a point that is none of the space.
+    """
+    found = WarmStart()
+    for text in config.warm_start:
+        path = local_path(text)
+        if path.is_dir():
+            _take_sweep(found, path, config, data_fingerprint)
+        else:
+            _add(found, _point_of_yaml(path, config))
+    return found
+
+
+def _add(found: WarmStart, point: Point) -> None:
+    if point not in found.first:
+        found.first.append(point)
+
+
+def _point_of_yaml(path: Path, config: SweepConfig) -> Point:
+    fields = read_yaml_mapping(path)
+    trained = parse_config(TrainConfig, fields)
+    point: Point = {}
+    for key in config.keys:
+        if config.domain(key, point) is not None:
+            value: Any = trained
+            for part in key.split("."):
+                value = getattr(value, part)
+            point[key] = value
+    if wrong := problem(config, point):
+        raise ConfigError(f"warm_start {path}: {wrong}")
+    return point
+
+
+def _take_sweep(found: WarmStart, folder: Path, config: SweepConfig, data_fingerprint: str) -> None:
+    try:
+        request = json.loads((folder / _REQUEST_FILE).read_text(encoding="utf-8"))
+        earlier = SweepConfig(**request["config"])
+        same_data = request["data_fingerprint"] == data_fingerprint
+        trials = [trial for trial in Journal(folder).trials if trial.kind == "search"]
+    except (OSError, ValueError, KeyError, TypeError, ManifestError, ValidationError) as error:
+        raise ConfigError(
+            f"warm_start {folder}: not the folder of a sweep of this version (expected {_REQUEST_FILE} and the journal there)"
+        ) from error
+    usable = [trial for trial in trials if problem(config, trial.point) is None]
+    best = [trial for trial in rank(usable, config.metric) if trial.status != "failed" and trial.value(config.metric) is not None]
+    for trial in best[: config.warm_start_trials]:
+        _add(found, dict(trial.point))
+    if not best:
+        found.notes.append(f"warm_start {folder}: none of its {len(trials)} trials lies in this space and has a figure")
+    if config.searcher != "optuna":
+        return
+    same = same_data and earlier.metric == config.metric and earlier.folds == config.folds and earlier.train_config({}) == config.train_config({})
+    if not same:
+        found.notes.append(
+            f"warm_start {folder}: other data, base, metric or folds, so optuna tries its best points but does not learn from its figures"
+        )
+        return
+    found.known.extend((dict(trial.point), _outcome(trial, config)) for trial in usable if trial.status in ("finished", "stopped"))
+
+
+def _outcome(trial: TrialRecord, config: SweepConfig) -> Outcome:
+    cost = None if config.cost is None else trial.cost(config.cost)
+    by_step = tuple(record[config.metric] for record in trial.epochs if record.get(config.metric) is not None)
+    return Outcome(trial.value(config.metric), cost, by_step, trial.status == "stopped")

@@ -1,0 +1,42 @@
+"""Clusters of several nodes on this machine, for tests: the nodes are Ray's own, each with its daemons and its workers."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psutil
+import pytest
+
+
+@contextmanager
+def cluster_of(nodes: int, cpus: int = 1) -> Iterator[Any]:
+    """A cluster of a head with one CPU and some more nodes."""
+    import ray.util
+    from ray.cluster_utils import Cluster
+
+    with socket.socket() as one, socket.socket() as other:
+        for probe in (one, other):
+            probe.bind(("127.0.0.1", 0))
+        port, dashboard_port = one.getsockname()[1], other.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        # Its processes must not take another Ray of this machine for theirs.
+        patch.setenv("RAY_ADDRESS", f"{ray.util.get_node_ip_address()}:{port}")
+        dashboard = {"include_dashboard": True, "dashboard_port": dashboard_port}
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "gcs_server_port": port, **dashboard})
+        try:
+            for _ in range(nodes):
+                cluster.add_node(num_cpus=cpus)
+            yield cluster
+        finally:
+            cluster.shutdown()
+
+
+def node_that_runs(cluster: Any, what: str) -> Any:
+    """A node, not the head, that has a process with `what` in its command line."""
+    for node in cluster.worker_nodes:
+        (raylet,) = node.all_processes["raylet"]
+        with suppress(psutil.NoSuchProcess):
+            if any(what in " ".join(process.cmdline()) for process in psutil.Process(raylet.process.pid).children(recursive=True)):
+                return node
+    raise AssertionError(f"no {what} on a node beside the head")
