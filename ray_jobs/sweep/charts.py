@@ -169,10 +169,11 @@ def parallel_coordinates(axes: Sequence[Axis], goodness: Sequence[float], names:
     best : int or None
         Which line is the best trial's.
     """
-    gap, left, top, bottom = 118.0, 66.0, 30.0, 250.0
+    # One width for few axes; many make it wider, and it scrolls.
+    gap, left, top, bottom = max(104.0, 500.0 / max(len(axes) - 1, 1)), 70.0, 30.0, 250.0
     width = left + gap * (len(axes) - 1) + 66
     none_y = bottom + 22
-    content = Markup("")
+    content, labels = Markup(""), Markup("")
     some_missing = any(place is None for axis in axes for place in axis.places)
     for number, axis in enumerate(axes):
         x = left + gap * number
@@ -181,9 +182,10 @@ def parallel_coordinates(axes: Sequence[Axis], goodness: Sequence[float], names:
         content += _text("tick", x, top - (9 if number % 2 == 0 else 20), axis.name, "middle")
         for at, text in axis.ticks:
             y = bottom - at * (bottom - top)
-            content += _line("rule strong", x - 3, y, x, y) + _text("tick halo", x - 6, y + 3.5, text, "end")
+            content += _line("rule strong", x - 3, y, x, y)
+            labels += _text("tick halo", x - 6, y + 3.5, text, "end")
         if any(place is None for place in axis.places):
-            content += _text("tick halo", x - 6, none_y + 3.5, "not there", "end")
+            labels += _text("tick halo", x - 6, none_y + 3.5, "not there", "end")
     for line in sorted(range(len(goodness)), key=lambda line: (line == best, goodness[line])):
         placed = [
             (left + gap * number, none_y if (place := axis.places[line]) is None else bottom - place * (bottom - top))
@@ -192,7 +194,10 @@ def parallel_coordinates(axes: Sequence[Axis], goodness: Sequence[float], names:
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)
         style = "k2 solid" if line == best else f"pc{round(4 * goodness[line])}"
         content += Markup('<path class="{}" d="{}"><title>{}</title></path>').format(style, path, names[line])
-    return _svg(content, width, (none_y if some_missing else bottom) + 14, description, "wide-chart")
+    # Over the lines.
+    content += labels
+    kind = "wide-chart" if width <= 700 else "scrolling"
+    return _svg(content, width, (none_y if some_missing else bottom) + 14, description, kind)
 
 
 def importance_bars(rows: Sequence[tuple[str, float, float, float]], description: str) -> Markup:

@@ -150,7 +150,7 @@ def _repeats(standing: list[Standing]) -> dict[str, Any] | None:
         lead = abs(several[0].value - several[1].value)
         # Standard error of the difference of two means (Welch).
         error = math.sqrt(several[0].spread ** 2 / len(several[0].values) + several[1].spread ** 2 / len(several[1].values))
-        verdict = {"lead": lead, "error": error, "clear": lead > 2 * error and error > 0}
+        verdict = {"lead": lead, "error": error, "is_shown": lead > 2 * error > 0}
     return {"rows": several, "verdict": verdict}
 
 
@@ -311,7 +311,7 @@ class _Scale:
         """Return (place, label)."""
         if self.listed is not None:
             return [(self.place(value), label) for value, label in zip(self.listed, self.labels, strict=True)]
-        return [(place, f"{self.at(place):.2g}") for place in (0, 0.25, 0.5, 0.75, 1)]
+        return [(place, f"{self.at(place):.3g}") for place in (0, 0.25, 0.5, 0.75, 1)]
 
     def bins(self) -> list[str]:
         """Return the names of the heat map's cells along it."""

@@ -151,14 +151,16 @@ class OptunaPoints:
             trial = self._study.ask()
             point = self._suggested(trial)
             if self._is_trainable(point):
-                if _name(point) not in self._tried or again >= _NEW_TRIES:
+                if _name(point) not in self._tried:
                     self._note(number, trial, point)
                     return point, "optuna"
                 again += 1
             # Failed trials are passed over by the sampler, which draws another one then.
             self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+            if again >= _NEW_TRIES:
+                break
         point = self._untried(number)
-        logger.debug("trial %d: no point of optuna's met the constraints; a random one instead", number)
+        logger.debug("trial %d: no point of optuna's met the constraints and was new; a random one instead", number)
         self.begun(number, point)
         return point, "random"
 
@@ -171,7 +173,7 @@ class OptunaPoints:
     def _untried(self, number: int) -> Point:
         generator = np.random.default_rng([self._config.seed, 2, number])
         try:
-            points = [draw(self._config, generator) for _ in range(_NEW_TRIES)]
+            points = [draw(self._config, generator) for _ in range(_CONSTRAINT_TRIES)]
         except ValueError as error:
             raise ConfigError(str(error)) from error
         return next((point for point in points if _name(point) not in self._tried), points[0])

@@ -41,7 +41,7 @@ def trial(number: int, values: list[float | None], point: dict[str, Any] | None 
 
 
 def large_sweep(config: SweepConfig, count: int, epochs: int = 8) -> list[TrialRecord]:
-    """Trials that are the better, the nearer their learning rate is to 1e-3 and the deeper they train; a third is stopped, one fails, one is running."""
+    """Trials that are the better, the nearer their rate is to 1e-3 and the deeper they train; a third is stopped, one fails, one is running."""
     generator = np.random.default_rng(0)
     trials = []
     for number in range(count):
