@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -135,7 +136,10 @@ class OptunaPoints:
         # A new one for each trial: a sampler that is used on is in a state that a restored sweep could not bring it to.
         seed = int(np.random.SeedSequence([self._config.seed, 1, number]).generate_state(1)[0])
         startup = self._config.startup_trials
-        return self._optuna.samplers.TPESampler(n_startup_trials=startup, multivariate=True, group=True, constant_liar=True, seed=seed)
+        with warnings.catch_warnings():
+            # `group`, without which conditions would be searched one parameter at a time, is called experimental; its version is pinned.
+            warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
+            return self._optuna.samplers.TPESampler(n_startup_trials=startup, multivariate=True, group=True, constant_liar=True, seed=seed)
 
     def ask(self, number: int) -> tuple[Point, str] | None:
         """Return the next point."""

@@ -128,3 +128,95 @@ def test_best_yaml_of_a_trial_feeds_training_unchanged(tmp_path: Path) -> None:
     best = parse_config(SweepConfig, {"space": SPACE, "base": {"epochs": 2}}).train_config({"learning_rate": 0.00123})
     (tmp_path / "best.yaml").write_text(yaml.safe_dump(best.model_dump(mode="json")))
     assert load_config(TrainConfig, [tmp_path / "best.yaml"]) == best
+
+
+SPACES = {
+    "optimiser": {"choice": ["adamw", "sgd"]},
+    "momentum": {"uniform": [0.8, 0.99], "when": {"optimiser": "sgd"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"space": {"momentum": {"uniform": [0.8, 0.99], "when": {"optimiser": "sgd"}}}}, "space.momentum: when: optimiser is not in space"),
+        (
+            {"space": {**SPACES, "momentum": {"uniform": [0.8, 0.9], "when": {"optimizer": "sgd"}}}},
+            "space.momentum: when: optimizer is not in space; did you mean optimiser?",
+        ),
+        (
+            {"space": {**SPACES, "momentum": {"uniform": [0.8, 0.9], "when": {"optimiser": "adam"}}}},
+            "space.momentum: when: optimiser is never 'adam'",
+        ),
+        ({"space": {**SPACES, "momentum": {"uniform": [0.8, 0.9], "when": {"optimiser": []}}}}, "space.momentum: when: optimiser has no values"),
+        ({"space": {**SPACES, "momentum": {"uniform": [0.8, 1.5], "when": {"optimiser": "sgd"}}}}, "space.momentum: momentum: got 1.5"),
+        ({"space": {**SPACES, "dropout": {"uniform": [0, 0.5], "when": {"momentum": 0.9}}}}, "must be a choice, a grid or whole numbers"),
+        ({"space": {"momentum": []}}, "space.momentum: an empty list"),
+        ({"space": {"momentum": [{"uniform": [0.8, 0.9]}, {"uniform": [0.5, 0.6]}]}}, "space.momentum: entry 1 of 2 has no `when`"),
+        (
+            {"space": {"tta": {"choice": [1, 4], "when": {"epochs": 3}}, "epochs": {"choice": [3], "when": {"tta": 4}}}},
+            "space: the conditions of epochs, tta go round in a circle",
+        ),
+        ({"space": {"batch_size": {"lograndint": [0, 8]}}}, "space: batch_size: lograndint.0: got 0"),
+        ({"space": {"batch_size": {"lograndint": [8, 4]}}}, "space.batch_size: range [8, 4] must run from low to high"),
+        (
+            {"space": {"learning_rate": {"lograndint": [1, 4]}}, "constraints": ["learning_rat < 3"]},
+            "unknown key learning_rat; did you mean learning_rate?",
+        ),
+        ({"space": SPACE, "constraints": ["__import__('os')"]}, "constraints: \"__import__('os')\": "),
+        ({"space": SPACE, "constraints": ["learning_rate <"]}, "constraints: 'learning_rate <' is not an expression"),
+        ({"space": SPACE, "constraints": ["learning_rate * 2"]}, "neither true nor false"),
+        ({"space": SPACE, "constraints": ["learning_rate / 0 > 1"]}, "has no value"),
+        ({"space": SPACE, "constraints": ["learning_rate > 1"]}, "constraints: none of 2000 points meets 'learning_rate > 1'"),
+        (
+            {"space": {"epochs": {"grid": [1, 2]}}, "searcher": "grid", "constraints": ["epochs > 5"]},
+            "constraints: no combination of the grid meets 'epochs > 5'",
+        ),
+        (
+            {"space": {"learning_rate": {"uniform": [1e-3, 1e-2]}, "lr_floor": {"choice": [0, 5e-3]}}},
+            "lr_floor 0.005 is above learning_rate",
+        ),
+        ({"space": SPACE, "scheduler": {"kind": "median", "min_trials": 0}}, "scheduler.min_trials: got 0"),
+        (
+            {"space": SPACE, "scheduler": {"kind": "asha", "grace_period_folds": 2}},
+            "scheduler.grace_period_folds: without folds set grace_period_epochs",
+        ),
+        (
+            {"space": SPACE, "folds": "all", "scheduler": {"kind": "median", "grace_period_epochs": 2}},
+            "scheduler.grace_period_epochs: with folds set grace_period_folds",
+        ),
+        ({"space": SPACE, "folds": [1]}, "folds: got [1], expected at least two different ones, or all"),
+        ({"space": SPACE, "folds": [1, 1]}, "folds: got [1, 1], expected at least two different ones, or all"),
+        ({"space": SPACE, "folds": "some"}, "folds: "),
+        ({"space": SPACE, "folds": "all", "base": {"fold": 0}}, "base.fold: set folds or fold, not both"),
+        ({"space": {"fold": {"choice": [0, 1]}}, "folds": "all"}, "space.fold: set folds or fold, not both"),
+        ({"space": SPACE, "gpus_per_worker": 0.5, "workers_per_trial": 2}, "gpus_per_worker: got 0.5, but NCCL takes no device twice"),
+        ({"space": SPACE, "gpus_per_worker": 2}, "gpus_per_worker: got 2, input should be less than or equal to 1"),
+        ({"space": {"seed": {"choice": [1, 2]}}, "repeats": 1}, "repeats: further seeds mean nothing where seed is in space"),
+        ({"space": SPACE, "searcher": "tpe"}, "searcher: got 'tpe'"),
+        ({"space": SPACE, "cost": "dollars"}, "cost: got 'dollars'"),
+        ({"space": {"trackers": {"choice": [[]]}}}, "space.trackers: the same for all trials; set it in base"),
+        ({"space": {"use_gpu": {"choice": [True]}}}, "space.use_gpu: the same for all trials; set it in base"),
+    ],
+)
+def test_what_conditions_constraints_folds_and_repeats_cannot_be(fields: dict[str, Any], message: str) -> None:
+    assert message in refusal(**fields)
+
+
+def test_a_sweep_is_stored_as_it_was_written_and_read_again() -> None:
+    space = {
+        "optimiser": {"choice": ["adamw", "sgd"]},
+        "learning_rate": [{"loguniform": [1e-5, 1e-3], "when": {"optimiser": ["adamw"]}}, {"loguniform": [1e-3, 1e-1]}],
+    }
+    sweep = parse_config(SweepConfig, {"space": space, "constraints": ["epochs > 1"], "base": {"lr_floor": 0}})
+    stored = sweep.model_dump(mode="json")
+    assert stored["space"] == space
+    assert parse_config(SweepConfig, stored) == sweep
+    assert sweep.keys == ["optimiser", "learning_rate"]
+
+
+def test_the_largest_and_smallest_value_of_a_field_are_known_before_any_trial() -> None:
+    sweep = parse_config(SweepConfig, {"space": {"epochs": {"randint": [3, 20]}, "unfreeze_depth": {"choice": [2, 4]}}})
+    assert (sweep.largest("epochs"), sweep.smallest("unfreeze_depth"), sweep.largest("batch_size")) == (20, 2, 32)
+    conditional = {"optimiser": {"choice": ["adam", "sgd"]}, "epochs": {"choice": [5], "when": {"optimiser": "sgd"}}}
+    assert parse_config(SweepConfig, {"space": conditional}).largest("epochs") == 15
