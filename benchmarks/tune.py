@@ -1,13 +1,16 @@
 """What a sweep costs beside its trainings by hand, and what halving saves of a grid.
 
     sentinode prepare --source kaggle/ --out out/data
-    python -m benchmarks.tune --data out/data --parts overhead asha
+    python -m benchmarks.tune --data out/data --parts overhead asha share
 
 overhead  Wall clock of `tune` over a grid, one trial at a time, on a Ray that runs already, beside the same trainings one after the other: in one
           process that holds the rows and writes the same checkpoints (`loop`, the least that it can cost), and by the command `train` on that Ray
           (`train`). The trial's process, its import of torch, journal, report and bundle are on the sweep's clock. Goal: 1.10 of the loop.
 asha      Image-steps of ASHA beside the whole grid, on the same points with the same seed, and the best validation ROC-AUC of both. Goals: at most a
           third of the steps, and within 0.005. Nothing is timed.
+
+share     CPU time of trials of one depth with a finite set of looks, sharing what the frozen stages make of them, beside the same trials that
+          compute it each time. Goal: 2 times less at depth 0 and at depth 1.
 
 Sides take turns; each training has one thread. Ends with exit code 1 where a goal is missed; a goal is met where the interval of the median
 reaches it.
@@ -139,20 +142,55 @@ def asha(data: Path, epochs: int) -> bool:
     return share <= STEPS_GOAL and lost <= AUC_GOAL
 
 
+def share(data: Path, pairs: int, epochs: int, trials: int) -> bool:
+    """Print the ratios of the third part; tell whether the goal is met."""
+    dataset = PreparedDataset.open(data)
+    rows = _InMemory(dataset)
+    met = True
+    for depth in (0, 1):
+        ratios = []
+        base = BASE | {"arch": "resnet34", "input_size_px": 96, "epochs": epochs, "unfreeze_depth": depth, "augment": {"views": 2}}
+        for number in range(pairs):
+            scratch = Path(tempfile.mkdtemp(prefix="sn-bench-"))
+            spent = {}
+            for side, room in list({"shared": 8.0, "anew": 0.0}.items())[:: 1 if number % 2 else -1]:
+                started = time.process_time()
+                for trial in range(trials):
+                    config = TrainConfig(**base | {"learning_rate": 1e-4 * 2**trial, "feature_cache_gib": room})
+                    folder = scratch / side / f"{trial}"
+                    folder.mkdir(parents=True)
+                    write_json(folder / REQUEST_FILE, {"id": "share"})
+                    start = lambda config=config: initial_weights(config)  # noqa: E731
+                    training = LoneTraining(config, folder, rows, start, use_gpu=False, features=scratch / side / "features")  # type: ignore[arg-type]
+                    while training.next_epoch():
+                        pass
+                    training.close()
+                spent[side] = time.process_time() - started
+            shutil.rmtree(scratch, ignore_errors=True)
+            ratios.append(spent["anew"] / spent["shared"])
+            print(f"depth {depth}", {side: round(value, 1) for side, value in spent.items()}, flush=True)
+        ratio = median_of(ratios)
+        print(f"share: depth {depth}, {trials} trials of {epochs} epochs, 2 looks: computing anew / sharing {ratio}; goal 2")
+        met = met and ratio.high >= 2
+    return met
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a prepared data set")
-    parser.add_argument("--parts", nargs="+", choices=["overhead", "asha"], default=["overhead", "asha"])
-    parser.add_argument("--pairs", type=int, default=6, help="of overhead")
+    parser.add_argument("--parts", nargs="+", choices=["overhead", "asha", "share"], default=["overhead", "asha", "share"])
+    parser.add_argument("--pairs", type=int, default=6, help="of overhead and share")
     parser.add_argument("--train-pairs", type=int, default=1, help="of these, how many beside the command train too")
-    parser.add_argument("--epochs", type=int, default=None, help="of each trial; 5 for overhead, 16 for asha")
+    parser.add_argument("--epochs", type=int, default=None, help="of each trial; 5 for overhead, 16 for asha, 4 for share")
     args = parser.parse_args(argv)
     met = []
     if "overhead" in args.parts:
         met.append(overhead(args.data, args.pairs, args.train_pairs, args.epochs or 5))
     if "asha" in args.parts:
         met.append(asha(args.data, args.epochs or 16))
+    if "share" in args.parts:
+        met.append(share(args.data, args.pairs, args.epochs or 4, 3))
     return 0 if all(met) else 1
 
 

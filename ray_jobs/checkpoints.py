@@ -209,6 +209,12 @@ def is_settled(folder: Path, epochs: int) -> bool:
     return last is not None and (last.is_weights_only or (noted == last.path.name and len(last.progress.history) >= epochs))
 
 
+def epochs_saved(folder: Path) -> int:
+    """Return how many epochs the newest checkpoint of a run knows of."""
+    _, last = best_and_last(folder)
+    return 0 if last is None else len(last.progress.history)
+
+
 def keep_weights_only(folder: Path) -> None:
     """Leave of a run that is settled, and that nobody goes on with, the weights of its best epoch: a third of one checkpoint.
 

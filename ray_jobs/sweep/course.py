@@ -8,10 +8,11 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ray_jobs.checkpoints import is_settled, keep_weights_only
+from ray_jobs.checkpoints import epochs_saved, is_settled, keep_weights_only
 from ray_jobs.sweep.progress import SweepProgress
 from ray_jobs.sweep.rule import Rule
 from ray_jobs.sweep.trackers import TrialTrackers
@@ -21,8 +22,8 @@ from sentinode.errors import SentinodeError, StorageError
 from sentinode.search.journal import Journal, TrialRecord, rank
 from sentinode.search.point_sources import Outcome, PointSource
 
-# How long the end of a sweep waits for checkpoints that trials have begun to write.
-_WRITE_S = 300.0
+# How long the end of a sweep waits for checkpoints that trials have begun to write, before it has them made again.
+_WRITE_S = 60.0
 # How often it looks for them.
 _LOOK_S = 1.0
 
@@ -84,7 +85,10 @@ class Course:
         self._settled: set[int] = set()
         self._looked = self._over_since = float("-inf")
         self._replay()
-        self._unfinished = [trial for trial in journal.trials if trial.status == "running"]
+        self.settle()
+        # Ended, and killed before the last checkpoint was on the disk: it is made again, since the trial may be the best.
+        self._made_again = {trial.number for trial in self._unsettled()}
+        self._unfinished = [trial for trial in journal.trials if trial.status == "running" or trial.number in self._made_again]
 
     def _replay(self) -> None:
         """Tell source and rule what the journal knows, in the order in which it happened."""
@@ -132,7 +136,11 @@ class Course:
         self._live[trial.number] = time.time()
         self._starting.add(trial.number)
         self._progress.begun(trial, running=len(self._live))
-        return Job.of(trial)
+        if trial.status == "running":
+            return Job.of(trial)
+        # Let it tell again what its checkpoints lack.
+        saved = {fold: min(count, epochs_saved(trial_folder(self._folder, trial.number, fold))) for fold, count in trial.told.items()}
+        return replace(Job.of(trial), told=saved)
 
     def _next_trial(self) -> TrialRecord | None:
         if self._unfinished:
@@ -148,6 +156,11 @@ class Course:
                 return self._journal.begin(trial.point, kind="repeat", origin="repeat", seed=seed, repeats=trial.number)
         if self._live or not self._all_settled():
             return None
+        if lost := [trial for trial in self._unsettled() if trial.number not in self._made_again]:
+            # With the process that was writing it.
+            self._made_again |= {trial.number for trial in lost}
+            self._unfinished += lost[1:]
+            return lost[0]
         raise StopIteration
 
     def _wanted_repeats(self) -> list[tuple[TrialRecord, int]]:
@@ -166,8 +179,9 @@ class Course:
                 waited = time.time() - self._live[number] - record["seconds"] - record["val_seconds"]
                 self._journal.start(number, max(0.0, round(waited, 3)), result.get("gflops"))
             if not self._journal.epoch(number, record, fold):
-                # Trained again after a node was lost; it was decided on then.
-                return not result["last"]
+                # Trained again; it was decided on then.
+                last = trial.epochs[-1]
+                return not result["last"] and (trial.status == "running" or (last["fold"], last["epoch"]) != (fold, record["epoch"]))
         except SentinodeError as error:
             self._break(error)
             return False
@@ -202,6 +216,8 @@ class Course:
         if error is None and ("broken" in result or "interrupted" in result or self.broken):
             self._trackers.ended(trial, "stopped")
             return
+        if trial.status != "running":
+            return
         error = error or result.get("failed")
         finished = result.get("last") or ("record" not in result and result.get("done"))
         try:
@@ -235,8 +251,10 @@ class Course:
         if now - self._looked >= _LOOK_S:
             self._looked = now
             self.settle()
-        waiting = [trial for trial in self._journal.trials if trial.status in ("finished", "stopped") and trial.number not in self._settled]
-        return not waiting or now - self._over_since > _WRITE_S
+        return not self._unsettled() or now - self._over_since > _WRITE_S
+
+    def _unsettled(self) -> list[TrialRecord]:
+        return [trial for trial in self._journal.trials if trial.status in ("finished", "stopped") and trial.number not in self._settled]
 
     def settle(self) -> None:
         """Keep of each ended trial whose last checkpoint is on the disk the weights of its best epoch."""
@@ -247,5 +265,4 @@ class Course:
                 self._settled.add(trial.number)
 
     def _is_written(self, trial: TrialRecord) -> bool:
-        told = {fold: sum(record["fold"] == fold for record in trial.epochs) for fold in trial.folds}
-        return all(is_settled(trial_folder(self._folder, trial.number, fold), epochs) for fold, epochs in told.items())
+        return all(is_settled(trial_folder(self._folder, trial.number, fold), epochs) for fold, epochs in trial.told.items())

@@ -94,7 +94,8 @@ class LoneTraining:
         TrainingError, CheckpointError
             As `train_epochs` and `LoneCheckpointWriter`.
         """
-        if self._told >= len(self.progress.history):
+        # More than once where the caller knows of an epoch whose checkpoint a kill has cut off: it is trained again, and comes out the same.
+        while self._told >= len(self.progress.history):
             if self.progress.history and self.progress.is_over(self._config):
                 return None
             self._train_one()

@@ -34,6 +34,8 @@ class SweepProgress:
     def begun(self, trial: TrialRecord, running: int) -> None:
         """Show that a trial begins, or goes on."""
         what = f"goes on after epoch {len(trial.epochs)}" if trial.epochs else "begins"
+        if trial.status != "running":
+            what = "makes its last checkpoint again, which was cut off"
         why = {"repeat": f", seed {trial.seed} for trial {trial.repeats or 0:05d}"}.get(trial.kind, "")
         self._say(f"trial {trial.name} {what}: {describe_point(trial.point)}{why}")
 

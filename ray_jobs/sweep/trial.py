@@ -93,8 +93,7 @@ class Job:
     @classmethod
     def of(cls, trial: TrialRecord) -> "Job":
         """Make it of what the journal knows."""
-        told = {fold: sum(record["fold"] == fold for record in trial.epochs) for fold in trial.folds}
-        return cls(trial.number, trial.point, trial.seed, told)
+        return cls(trial.number, trial.point, trial.seed, trial.told)
 
     def to_config(self) -> dict[str, Any]:
         """Return it for Tune, which looks into mappings for things of its own: as text."""

@@ -82,6 +82,11 @@ class TrialRecord:
         """Folds that have an epoch, in order; [None] without folds."""
         return list(dict.fromkeys(record["fold"] for record in self.epochs))
 
+    @property
+    def told(self) -> dict[int | None, int]:
+        """Epochs by fold."""
+        return {fold: sum(record["fold"] == fold for record in self.epochs) for fold in self.folds}
+
     def best(self, metric: str, fold: int | None = None) -> dict[str, Any] | None:
         """Return the record of the best epoch (of a fold), the first of equals; None where none has the figure."""
         best: dict[str, Any] | None = None

@@ -96,7 +96,7 @@ def _wait_for_epochs(command: Running, count: int) -> None:
 
 
 def _trial_process() -> psutil.Process:
-    (found,) = [process for process in psutil.Process().children(recursive=True) if "ray::ResourceTrainable" in " ".join(process.cmdline())]
+    (found,) = [process for process in psutil.Process().children(recursive=True) if "ray::Trial" in " ".join(process.cmdline())]
     return found
 
 
@@ -162,7 +162,7 @@ def test_trials_with_two_workers_end_without_leaving_anything_taken(
 def test_a_trial_goes_on_on_another_node_when_its_own_is_lost(dataset: PreparedDataset, undisturbed: dict[str, Any], tmp_path: Path) -> None:
     with cluster_of(nodes=2) as cluster, running(*_tune(dataset, tmp_path), ray_address=cluster.address) as command:
         _wait_for_epochs(command, 1)
-        cluster.remove_node(node_that_runs(cluster, "ray::ResourceTrainable"), allow_graceful=False)
+        cluster.remove_node(node_that_runs(cluster, "ray::Trial"), allow_graceful=False)
         command.wait_for_line("trial 00000 lost its process", 120)
         command.wait_for_line("bundle: ", 300)
         assert command.process.wait(60) == 0

@@ -152,6 +152,26 @@ def test_what_no_trial_could_go_on_with_ends_the_sweep_and_fails_no_trial(tmp_pa
         course.next_job()
 
 
+def test_an_ended_trial_whose_last_checkpoint_was_cut_off_makes_it_again_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    play(course_of(tmp_path, **ASHA), CURVES, 3)
+    before = (tmp_path / "trials.jsonl").read_bytes()
+    there = {0: 4, 1: 2, 2: 1}
+    monkeypatch.setattr(course_module, "is_settled", lambda folder, epochs: there[int(folder.name)] >= epochs)
+    monkeypatch.setattr(course_module, "epochs_saved", lambda folder: there[int(folder.name)])
+    course = course_of(tmp_path, **ASHA)
+    job = course.next_job()
+    assert job is not None
+    assert (job.number, job.told) == (1, {None: 2})
+    assert course.hear(1, told(2, 0.82))
+    assert not course.hear(1, told(3, 0.83, last=True))
+    course.ended(1, told(3, 0.83, last=True))
+    there[1] = 4
+    with pytest.raises(StopIteration):
+        course.next_job()
+    added = (tmp_path / "trials.jsonl").read_bytes().removeprefix(before).splitlines()
+    assert [json.loads(line)["event"] for line in added] == ["start"]
+
+
 def test_with_folds_a_trial_is_judged_after_each_fold_by_the_mean_so_far(tmp_path: Path) -> None:
     course = course_of(tmp_path, folds=[0, 1], scheduler={"kind": "asha", "grace_period_folds": 1, "reduction_factor": 2})
     decisions = []

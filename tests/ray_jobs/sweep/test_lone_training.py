@@ -97,7 +97,8 @@ def test_an_epoch_at_a_time_is_bitwise_the_loop_in_one_go(tmp_path: Path, undist
 
 def test_one_that_begins_again_after_any_epoch_tells_what_was_not_told_and_ends_the_same(tmp_path: Path, undisturbed: Any) -> None:
     history, weights = undisturbed
-    for trained, told in ((1, 1), (2, 2), (2, 1), (3, 2), (3, 0)):
+    # Also where more was told than a checkpoint knows of.
+    for trained, told in ((1, 1), (2, 2), (2, 1), (3, 2), (3, 0), (1, 2)):
         folder = tmp_path / f"{trained}{told}"
         first = training(folder)
         for _ in range(trained):
