@@ -1,5 +1,6 @@
 """Clusters of several nodes on this machine, for tests: the nodes are Ray's own, each with its daemons and its workers."""
 
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -33,10 +34,10 @@ def cluster_of(nodes: int, cpus: int = 1) -> Iterator[Any]:
 
 
 def node_that_runs(cluster: Any, what: str) -> Any:
-    """A node, not the head, that has a process with `what` in its command line."""
+    """A node, not the head, that has a process whose command line holds the pattern `what`."""
     for node in cluster.worker_nodes:
         (raylet,) = node.all_processes["raylet"]
         with suppress(psutil.NoSuchProcess):
-            if any(what in " ".join(process.cmdline()) for process in psutil.Process(raylet.process.pid).children(recursive=True)):
+            if any(re.search(what, " ".join(process.cmdline())) for process in psutil.Process(raylet.process.pid).children(recursive=True)):
                 return node
     raise AssertionError(f"no {what} on a node beside the head")

@@ -1,6 +1,7 @@
 """A sweep is disturbed for real; what comes out must be what an undisturbed one makes: the same trials, with the same epochs and ends."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from tests.ray_jobs.conftest import wait_until_all_free
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
+# What Ray calls a process that holds a trial, between its steps and in one.
+TRIAL = r"ray::(Trial|ResourceTrainable)"
 # One trial at a time: with several, which of them comes to a rung first is chance, and with it what is stopped there.
 SWEEP = {
     "space": {"learning_rate": {"loguniform": [1e-4, 1e-2]}, "unfreeze_depth": {"choice": [4, 5]}},
@@ -96,7 +99,7 @@ def _wait_for_epochs(command: Running, count: int) -> None:
 
 
 def _trial_process() -> psutil.Process:
-    (found,) = [process for process in psutil.Process().children(recursive=True) if "ray::Trial" in " ".join(process.cmdline())]
+    (found,) = [process for process in psutil.Process().children(recursive=True) if re.match(TRIAL, " ".join(process.cmdline()))]
     return found
 
 
@@ -162,7 +165,7 @@ def test_trials_with_two_workers_end_without_leaving_anything_taken(
 def test_a_trial_goes_on_on_another_node_when_its_own_is_lost(dataset: PreparedDataset, undisturbed: dict[str, Any], tmp_path: Path) -> None:
     with cluster_of(nodes=2) as cluster, running(*_tune(dataset, tmp_path), ray_address=cluster.address) as command:
         _wait_for_epochs(command, 1)
-        cluster.remove_node(node_that_runs(cluster, "ray::Trial"), allow_graceful=False)
+        cluster.remove_node(node_that_runs(cluster, TRIAL), allow_graceful=False)
         command.wait_for_line("trial 00000 lost its process", 120)
         command.wait_for_line("bundle: ", 300)
         assert command.process.wait(60) == 0
