@@ -147,7 +147,10 @@ def test_a_killed_trial_goes_on_in_another_process_without_being_asked(
 def test_trials_with_two_workers_end_without_leaving_anything_taken(
     dataset: PreparedDataset, ray_address: str, tmp_path: Path, all_free: None
 ) -> None:
-    changes = {"workers_per_trial": 2, "repeats": 0}
+    # The second learns nothing, and is stopped at the first rung.
+    space = {"learning_rate": {"grid": [3e-3, 1e-8]}}
+    base = SWEEP["base"] | {"lr_floor": 0, "unfreeze_depth": 5}  # type: ignore[operator]
+    changes = {"workers_per_trial": 2, "repeats": 0, "searcher": "grid", "space": space, "base": base}
     with running(*_tune(dataset, tmp_path, **changes), ray_address=ray_address) as command:
         _wait_for_epochs(command, 1)
         command.process.send_signal(signal.SIGTERM)
