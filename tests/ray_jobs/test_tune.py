@@ -102,6 +102,7 @@ def test_training_best_yaml_again_makes_the_very_bundle(swept: Any, dataset: Pre
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_with_folds_each_trial_is_scored_on_all_of_them_and_the_bundle_is_trained_on_the_train_split(
     ray_session: None, dataset: PreparedDataset, tmp_path: Path, free_cpus: None
 ) -> None:
