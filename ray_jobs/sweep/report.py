@@ -9,12 +9,12 @@ from typing import Any
 from markupsafe import Markup
 
 from ray_jobs.sweep import charts
-from ray_jobs.sweep.importance import FEWEST_TRIALS, TRUSTED_TRIALS, Importance, importances
+from ray_jobs.sweep.importance import FEWEST_TRIALS, TRUSTED_TRIALS, Importance, importances, place_of
 from ray_jobs.sweep.table import describe_point
 from ray_jobs.sweep.winner import Standing, standings
 from sentinode import RESEARCH_USE_NOTICE
 from sentinode.config import SweepConfig, TrainConfig
-from sentinode.config.domains import Domain, LogRandInt, LogUniform
+from sentinode.config.domains import Choice, Domain, Grid, LogRandInt, LogUniform
 from sentinode.manifests import LEAK_MEANING, DatasetManifest
 from sentinode.pages import page_environment
 from sentinode.search.journal import TrialRecord, rank
@@ -22,6 +22,8 @@ from sentinode.search.journal import TrialRecord, rank
 # The leaderboard shows so many; the rest is folded away.
 _SHOWN = 50
 _BINS = 6
+# Values that an axis shows side by side, and cells of a heat map that can be read beside each other.
+_MOST_LISTED, _MOST_CELLS = 12, 16
 _METRICS = {"val_roc_auc": "validation ROC-AUC", "val_loss": "validation loss"}
 _COSTS = {"gflops": "GFLOP of one patch", "train_seconds": "seconds of training"}
 
@@ -60,8 +62,10 @@ def render(trials: list[TrialRecord], facts: SweepFacts) -> str:
     environment.filters |= {"four": _four, "duration": _duration, "value": _value, "percent": lambda share: f"{100 * share:.0f} %"}
     config = facts.config
     search = [trial for trial in trials if trial.kind == "search"]
-    ranked = rank(search, config.metric)
+    # What failed is never the best, whatever figure it had come to.
+    ranked = sorted(rank(search, config.metric), key=lambda trial: trial.status == "failed")
     standing = standings(trials, config)
+    best = next((one for one in standing if one.trial.number == facts.best), standing[0] if standing else None)
     found = importances(trials, config)
     return environment.get_template("sweep.html").render(
         facts=facts,
@@ -71,7 +75,8 @@ def render(trials: list[TrialRecord], facts: SweepFacts) -> str:
         notice=RESEARCH_USE_NOTICE,
         metric=_METRICS[config.metric],
         cost=_COSTS.get(config.cost or ""),
-        best=next((one for one in standing if one.trial.number == facts.best), standing[0] if standing else None),
+        best=best,
+        best_number=None if best is None else best.trial.number,
         describe=describe_point,
         counts={status: sum(trial.status == status for trial in search) for status in ("finished", "stopped", "failed", "running")},
         trials=trials,
@@ -89,7 +94,8 @@ def render(trials: list[TrialRecord], facts: SweepFacts) -> str:
         front=_front(search, config),
         space=[(key, _words(branch)) for key in config.keys for branch in config.space[key]],
         changed=_changed(config),
-        charts=_charts(trials, ranked, facts, found),
+        without_importance=[key for key in config.keys if key not in {one.key for one in found}],
+        charts=_charts(trials, ranked, facts, found, None if best is None else best.trial.number),
     )
 
 
@@ -219,22 +225,25 @@ def _changed(config: SweepConfig) -> list[tuple[str, Any]]:
     return [(key, value) for key, value in trained.items() if value != default[key] and key not in ("selection_metric", "workers")]
 
 
-def _charts(trials: list[TrialRecord], ranked: list[TrialRecord], facts: SweepFacts, found_important: list[Importance]) -> dict[str, Markup]:
+def _charts(
+    trials: list[TrialRecord], ranked: list[TrialRecord], facts: SweepFacts, found_important: list[Importance], best: int | None
+) -> dict[str, Markup]:
     config = facts.config
     important = [one.key for one in found_important]
     figured = [trial for trial in ranked if trial.value(config.metric) is not None]
-    found = dict.fromkeys(("heat", "parallel", "front"), Markup("")) | {"curves": _curves(figured, facts), "timeline": _timeline(trials)}
+    whole = [trial for trial in figured if trial.status != "failed"]
+    found = dict.fromkeys(("heat", "parallel", "front"), Markup("")) | {"curves": _curves(figured, facts, best), "timeline": _timeline(trials)}
     bars = [(one.key, one.share, one.low, one.high) for one in found_important]
     found["importance"] = charts.importance_bars(bars, "; ".join(f"{key} {share:.2f}" for key, share, _, _ in bars))
-    if (pair := _pair(config, important)) is not None and figured:
-        found["heat"] = _heat(figured, config, *pair)
-    if figured and config.keys:
-        found["parallel"] = _parallel(figured, config, facts.best)
-    if config.cost is not None and figured:
+    if (pair := _pair(config, important)) is not None and whole:
+        found["heat"] = _heat(whole, config, *pair)
+    if whole:
+        found["parallel"] = _parallel(whole, config, best)
+    if config.cost is not None and whole:
         on_front = {trial.number for trial, _, _ in _front(ranked, config)}
         dots = [
             (cost, value, trial.number in on_front, f"{trial.name}: {describe_point(trial.point)}")
-            for trial in figured
+            for trial in whole
             if (value := trial.value(config.metric)) is not None and (cost := trial.cost(config.cost)) is not None
         ]
         if dots:
@@ -242,7 +251,7 @@ def _charts(trials: list[TrialRecord], ranked: list[TrialRecord], facts: SweepFa
     return found
 
 
-def _curves(figured: list[TrialRecord], facts: SweepFacts) -> Markup:
+def _curves(figured: list[TrialRecord], facts: SweepFacts, best: int | None) -> Markup:
     metric = facts.config.metric
     curves = []
     for trial in figured:
@@ -257,9 +266,10 @@ def _curves(figured: list[TrialRecord], facts: SweepFacts) -> Markup:
                     by_epoch.setdefault(record["epoch"], []).append(record[metric])
             points = [(epoch + 1, statistics.fmean(values)) for epoch, values in sorted(by_epoch.items())]
         name = f"{trial.name}: {describe_point(trial.point)}, {trial.status}"
-        curves.append(charts.Curve(name, points, trial.number == facts.best, trial.status == "stopped"))
-    best = next((trial for trial in figured if trial.number == facts.best), None)
-    description = f"{_METRICS[metric]} of {len(curves)} trials by epoch" + (f"; the best is {best.name}" if best else "")
+        curves.append(charts.Curve(name, points, trial.number == best, trial.status == "stopped"))
+    description = f"{_METRICS[metric]} of {len(curves)} trials by epoch" + "".join(
+        f"; the best is {one.name}" for one in figured if one.number == best
+    )
     return charts.learning_curves(curves, "epoch" if facts.folds is None else "epoch, mean over the folds", _METRICS[metric], description)
 
 
@@ -284,33 +294,45 @@ class _Scale:
     @classmethod
     def of(cls, key: str, config: SweepConfig, values: list[Any]) -> "_Scale":
         branches = config.space[key]
-        if all(branch.listed is not None and len(branch.listed) <= 12 for branch in branches):
+        ends = [end for branch in branches for end in branch.ends()]
+        # None, a name or a flag has no place along a range.
+        numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in [*ends, *values])
+        if not numeric or all(branch.listed is not None and len(branch.listed) <= _MOST_LISTED for branch in branches):
+            # What the range of one entry gave stands between what another lists.
+            drawn = sorted(value for value in values if isinstance(value, int | float) and not isinstance(value, bool))
             listed: list[Any] = []
-            for branch in branches:
-                listed += [value for value in branch.listed or () if value not in listed]
+            for value in [*(one for branch in branches for one in branch.listed or ()), *drawn]:
+                if not _is_in(value, listed):
+                    listed.append(value)
             return cls([_value(value) for value in listed], listed, 0, 0, False)
-        numbers = [float(end) for branch in branches for end in branch.ends() if isinstance(end, int | float)] + [float(value) for value in values]
-        logarithmic = any(isinstance(branch, LogUniform | LogRandInt) for branch in branches) and min(numbers) > 0
-        return cls([], None, min(numbers), max(numbers), logarithmic)
+        numbers = [float(value) for value in [*ends, *values]]
+        low, high = min(numbers), max(numbers)
+        # Many listed numbers: by their ratio, since nobody said how they were chosen.
+        logarithmic = any(isinstance(branch, LogUniform | LogRandInt) for branch in branches) or (
+            all(isinstance(branch, Choice | Grid) for branch in branches) and high >= 100 * low
+        )
+        return cls([], None, low, high, logarithmic and low > 0)
 
     def place(self, value: Any) -> float:
         """Return 0..1."""
         if self.listed is not None:
-            return self.listed.index(value) / max(len(self.listed) - 1, 1) if len(self.listed) > 1 else 0.5
+            return place_of(value, self.listed) / (len(self.listed) - 1) if len(self.listed) > 1 else 0.5
         if self.high <= self.low:
             return 0.5
         if self.logarithmic:
             return math.log(value / self.low) / math.log(self.high / self.low)
-        return float((value - self.low) / (self.high - self.low))
+        return (float(value) - self.low) / (self.high - self.low)
 
     def at(self, place: float) -> float:
         """Undo `place`, for ranges."""
-        return float(self.low * (self.high / self.low) ** place) if self.logarithmic else self.low + place * (self.high - self.low)
+        return self.low * (self.high / self.low) ** place if self.logarithmic else self.low + place * (self.high - self.low)
 
     def ticks(self) -> list[tuple[float, str]]:
         """Return (place, label)."""
         if self.listed is not None:
-            return [(self.place(value), label) for value, label in zip(self.listed, self.labels, strict=True)]
+            # Of more than have room, some.
+            step = math.ceil(len(self.listed) / _MOST_LISTED)
+            return [(self.place(value), label) for value, label in list(zip(self.listed, self.labels, strict=True))[::step]]
         return [(place, f"{self.at(place):.3g}") for place in (0, 0.25, 0.5, 0.75, 1)]
 
     def bins(self) -> list[str]:
@@ -321,7 +343,11 @@ class _Scale:
 
     def bin(self, value: Any) -> int:
         """Return the cell of a value."""
-        return self.listed.index(value) if self.listed is not None else min(_BINS - 1, int(self.place(value) * _BINS))
+        return place_of(value, self.listed) if self.listed is not None else min(_BINS - 1, int(self.place(value) * _BINS))
+
+
+def _is_in(value: Any, listed: list[Any]) -> bool:
+    return any(one == value and isinstance(one, bool) == isinstance(value, bool) for one in listed)
 
 
 def _heat(figured: list[TrialRecord], config: SweepConfig, across: str, up: str) -> Markup:
@@ -329,6 +355,8 @@ def _heat(figured: list[TrialRecord], config: SweepConfig, across: str, up: str)
     if not there:
         return Markup("")
     scales = {key: _Scale.of(key, config, [trial.point[key] for trial in there]) for key in (across, up)}
+    if max(len(scale.bins()) for scale in scales.values()) > _MOST_CELLS:
+        return Markup("")
     cells: dict[tuple[int, int], tuple[float, int]] = {}
     for trial in there:  # best first
         cell = scales[across].bin(trial.point[across]), scales[up].bin(trial.point[up])
@@ -350,10 +378,15 @@ def _parallel(figured: list[TrialRecord], config: SweepConfig, best: int | None)
         places = [scale.place(trial.point[key]) if key in trial.point else None for trial in figured]
         axes.append(charts.Axis(key.rpartition(".")[2], places, scale.ticks()))
     values = [value for trial in figured if (value := trial.value(config.metric)) is not None]
-    low, high = min(values), max(values)
+    low, high = charts.usual_range(values)
     span = high - low or 1.0
-    heights = [(value - low) / span for value in values]
-    axes.append(charts.Axis(config.metric, heights, [(place, f"{low + place * span:.3f}") for place in (0, 0.25, 0.5, 0.75, 1)]))
+    heights = [min(max((value - low) / span, 0.0), 1.0) for value in values]
+    ticks = [(place, f"{low + place * span:.4g}") for place in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    if min(values) < low:
+        ticks[0] = (0.0, f"\u2264 {ticks[0][1]}")
+    if max(values) > high:
+        ticks[-1] = (1.0, f"\u2265 {ticks[-1][1]}")
+    axes.append(charts.Axis(config.metric, heights, ticks))
     goodness = heights if config.metric != "val_loss" else [1 - height for height in heights]
     names = [f"{trial.name}: {describe_point(trial.point)}: {value:.4f}" for trial, value in zip(figured, values, strict=True)]
     which = next((number for number, trial in enumerate(figured) if trial.number == best), None)

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from ray_jobs.sweep.charts import ticks_of
-from ray_jobs.sweep.importance import importances
+from ray_jobs.sweep.charts import ticks_of, timeline, usual_range
+from ray_jobs.sweep.importance import importances, place_of
 from ray_jobs.sweep.report import render
 from ray_jobs.sweep.table import describe_point, trials_table
 from ray_jobs.sweep.winner import standings
@@ -152,3 +152,60 @@ def test_ticks_are_round_and_within() -> None:
 
 def test_points_are_told_briefly() -> None:
     assert describe_point({"unfreeze_depth": 2, "learning_rate": 0.00032123}) == "learning_rate 0.000321, unfreeze_depth 2"
+
+
+def test_values_without_a_place_on_a_range_stand_beside_those_that_have_one() -> None:
+    space = {
+        "optimiser": {"choice": ["sgd", "adamw"]},
+        "class_weight": [{"choice": ["auto"], "when": {"optimiser": "sgd"}}, {"uniform": [0.5, 4]}],
+        "early_stopping_patience_epochs": [{"choice": [None], "when": {"optimiser": "sgd"}}, {"randint": [1, 30]}],
+    }
+    config = sweep_config(space=space)
+    text = text_of(render(large_sweep(config, 12), facts(config, 0, epochs=8)))
+    assert "auto" in text[text.index("All parameters") :]
+
+
+def test_many_listed_values_take_no_longer_than_few() -> None:
+    # As categories, of which Optuna makes a column each, 16 values took five minutes.
+    config = sweep_config(space={"learning_rate": {"grid": [10 ** (-5 + step / 8) for step in range(24)]}, "unfreeze_depth": {"grid": [0, 5]}})
+    found = importances([one for one in large_sweep(config, 40) if one.status == "finished"], config)
+    assert [one.key for one in found] == ["learning_rate", "unfreeze_depth"]
+    page = text_of(render(large_sweep(config, 40), facts(config, 0, epochs=8)))
+    # Their ratio is large, so the cells are equal parts of the logarithm.
+    assert "1.7e-05" in page
+
+
+def test_what_failed_is_not_the_best_whatever_it_had_come_to() -> None:
+    trials = [trial(0, [0.7], point(1e-3, 5)), trial(1, [0.95], point(1e-3, 5), status="failed", error="the process was killed")]
+    page = render(trials, facts(sweep_config(), None))
+    text = text_of(page)
+    assert "best validation ROC-AUC 0.7000" in text
+    assert text.index("00000 0.7000") < text.index("00001 0.9500")
+    # Nor in the heat map; and the best is marked before there is a bundle.
+    assert ", 5: 0.7000" in page
+    assert page.count('<tr class="best">') == 1
+    only = [trial(0, [0.7], status="failed", error="the process was killed")]
+    assert "best validation ROC-AUC - " in text_of(render(only, facts(sweep_config(cost="gflops"), None)))
+
+
+def test_a_loss_that_ran_away_leaves_the_others_apart() -> None:
+    assert usual_range([0.2, 0.21, 0.22, 0.23, 0.24, 0.25, 1e6]) == (0.2, 0.25)
+    assert usual_range([0.5, 0.9]) == (0.5, 0.9)
+    assert usual_range([0.5]) == (0.5, 0.5)
+    config = sweep_config(metric="val_loss")
+    trials = large_sweep(config, 12)
+    trials[3].epochs[-1]["val_loss"] = 1e6
+    for record in trials[3].epochs[:-1]:
+        record["val_loss"] = 1e6
+    page = render(trials, facts(config, 0, epochs=8))
+    assert "8 figures beyond the axis, drawn at its edge" in page
+    assert "\u2265 0.2018" in page
+
+
+def test_the_timeline_of_many_trials_is_as_high_as_trials_ran_together() -> None:
+    bars = [(f"{number:05d}", 10.0 * number, 10.0 * number + 15.0, "finished") for number in range(100)]
+    assert set(re.findall(r'<rect [^>]*y="([0-9.]+)"', timeline(bars, 1005.0, ""))) == {"4.0", "16.0"}
+
+
+def test_one_and_true_are_two_values() -> None:
+    assert [place_of(value, [1, True, None]) for value in (1, True, None)] == [0, 1, 2]
