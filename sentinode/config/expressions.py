@@ -81,7 +81,12 @@ def _checked(node: ast.expr, text: str, depth: int) -> Iterator[str]:
             return
         case ast.Constant(value=value) if value is None or type(value) in (int, float, str, bool):
             return
-        case ast.BoolOp(values=parts) | ast.List(elts=parts) | ast.Tuple(elts=parts):
+        case ast.BoolOp(values=parts):
+            # Of `arch == 'a' or 'b'` the second half would always hold; refused here, since it is only come to where the first half does not.
+            if (wrong := next((part for part in parts if _is_no_truth(part)), None)) is not None:
+                raise ValueError(f"{text!r}: {ast.unparse(wrong)!r} between and/or is neither true nor false")
+            inner = parts
+        case ast.List(elts=parts) | ast.Tuple(elts=parts):
             inner = parts
         case ast.UnaryOp(op=ast.Not() | ast.USub(), operand=operand):
             inner = [operand]
@@ -95,6 +100,15 @@ def _checked(node: ast.expr, text: str, depth: int) -> Iterator[str]:
             raise ValueError(f"{text!r}: {ast.unparse(node)!r} is not understood; comparisons, and/or/not/in, + - * / // % **, min, max, abs are")
     for part in inner:
         yield from _checked(part, text, depth + 1)
+
+
+def _is_no_truth(node: ast.expr) -> bool:
+    match node:
+        case ast.Constant(value=value):
+            return not isinstance(value, bool)
+        case ast.UnaryOp(op=kind):
+            return isinstance(kind, ast.USub)
+    return isinstance(node, ast.BinOp | ast.List | ast.Tuple | ast.Call)
 
 
 def _dotted(node: ast.expr, text: str) -> str:
@@ -115,11 +129,11 @@ def _value(node: ast.expr, lookup: Callable[[str], Any]) -> Any:
         case ast.List(elts=parts) | ast.Tuple(elts=parts):
             return [_value(part, lookup) for part in parts]
         case ast.BoolOp(op=ast.And(), values=parts):
-            return all(_value(part, lookup) for part in parts)
+            return all(_truth(_value(part, lookup)) for part in parts)
         case ast.BoolOp(values=parts):
-            return any(_value(part, lookup) for part in parts)
+            return any(_truth(_value(part, lookup)) for part in parts)
         case ast.UnaryOp(op=ast.Not(), operand=operand):
-            return not _value(operand, lookup)
+            return not _truth(_value(operand, lookup))
         case ast.UnaryOp(operand=operand):
             return -_number(_value(operand, lookup))
         case ast.BinOp(left=left, op=kind, right=right):
@@ -137,8 +151,16 @@ def _value(node: ast.expr, lookup: Callable[[str], Any]) -> Any:
             return True
         case ast.Call(func=ast.Name(id=name), args=arguments):
             values = [_value(argument, lookup) for argument in arguments]
-            return _FUNCTIONS[name](*(_number(value) for value in values)) if len(values) > 1 or name == "abs" else values[0]
+            if name != "abs" and len(values) == 1 and isinstance(values[0], list | tuple):
+                values = list(values[0])
+            return _FUNCTIONS[name](*map(_number, values))
     raise ValueError("not understood")
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is neither true nor false")
+    return value
 
 
 def _number(value: Any) -> int | float:

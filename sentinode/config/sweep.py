@@ -5,7 +5,8 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializeAsAny, ValidationError, field_serializer, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, TypeAdapter, ValidationError, field_serializer, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from sentinode.config.base import Config, Seed
 from sentinode.config.domains import Domain, Grid, parse_domain
@@ -20,6 +21,8 @@ Count = Annotated[int, Field(ge=1)]
 _SET_ELSEWHERE = {"workers": "workers_per_trial", "selection_metric": "metric"}
 # Of the machine, or of what is written down: the same for all trials.
 _NOT_SEARCHED = ("use_gpu", "cpus_per_worker", "max_failures", "checkpoint_interval_s", "trackers", "mlflow_uri", "mlflow_experiment")
+
+_NESTED: dict[str, type[Config]] = {"augment": AugmentConfig, "review": ReviewRule}
 
 
 class AshaConfig(Config):
@@ -98,7 +101,10 @@ class SweepConfig(Config):
     def _known_kinds(cls, space: Any) -> Any:
         if not isinstance(space, dict):
             return space
-        return {key: tuple(parse_domain(key, one) for one in (given if isinstance(given, list | tuple) else [given])) for key, given in space.items()}
+        return {
+            key: tuple(parse_domain(key, _as_recorded(key, one)) for one in (given if isinstance(given, list | tuple) else [given]))
+            for key, given in space.items()
+        }
 
     @field_serializer("space")
     def _as_written(self, space: dict[str, Branches]) -> dict[str, Any]:
@@ -163,7 +169,7 @@ class SweepConfig(Config):
         while left:
             ready = [key for key, branches in left.items() if not any(other in left for branch in branches for other in branch.when)]
             if not ready:
-                raise ValueError(f"space: the conditions of {', '.join(sorted(left))} go round in a circle")
+                raise ValueError(f"space: the conditions of {', '.join(sorted(_circle(left)))} go round in a circle")
             ordered += ready
             left = {key: branches for key, branches in left.items() if key not in ready}
         return ordered
@@ -180,7 +186,12 @@ class SweepConfig(Config):
             raise ValueError(f"space.{key}: {error}") from error
         given = {other: some[0] for other, some in branch.when.items()}
         for value in values:
-            self._check_point({**given, key: value}, f"space.{key}")
+            try:
+                self._check_point({**given, key: value}, f"space.{key}")
+            except ValueError as error:
+                # Whether two fields exclude each other depends on the rest of the point: `check_points` looks at whole ones.
+                if not _is_between_fields(error.__cause__, key):
+                    raise
 
     def _check_point(self, point: Mapping[str, Any], where: str) -> None:
         try:
@@ -209,6 +220,8 @@ class SweepConfig(Config):
     def _check_constraints(self) -> None:
         for expression in self.expressions:
             for name in expression.names:
+                if name in _NESTED:
+                    raise ValueError(f"constraints: {expression.text!r}: {name} has fields of its own; name one, e.g. {name}.{_first_of(name)}")
                 if not _is_field(name):
                     raise ValueError(f"constraints: {expression.text!r}: unknown key {name}{_nearest(name, _field_names())}")
         from sentinode.search.space import check_points
@@ -222,6 +235,19 @@ class SweepConfig(Config):
             return [Expression(text) for text in self.constraints]
         except ValueError as error:
             raise ValueError(f"constraints: {error}") from error
+
+    @functools.cached_property
+    def combinations(self) -> list[dict[str, Any]]:
+        """What `random` draws equally often: the combinations of grid entries without conditions, less those that constraints over them exclude.
+
+        Raises
+        ------
+        ValueError
+            There are too many, or none.
+        """
+        from sentinode.search.space import combined
+
+        return combined(self)
 
     def train_config(self, point: Mapping[str, Any]) -> TrainConfig:
         """Return the TrainConfig of one trial: `base`, overlaid with one point of the space.
@@ -258,9 +284,65 @@ def _is_set(fields: Mapping[str, Any], path: str) -> bool:
     return head in fields and (not rest or (isinstance(inner, Mapping) and _is_set(inner, rest)))
 
 
+def _circle(left: Mapping[str, Branches]) -> list[str]:
+    """The keys of one circle among keys each of which has a condition on another of them."""
+    way = [next(iter(left))]
+    while way[-1] not in way[:-1]:
+        way.append(next(other for branch in left[way[-1]] for other in branch.when if other in left))
+    return way[way.index(way[-1]) : -1]
+
+
+def _is_between_fields(error: BaseException | None, key: str) -> bool:
+    """Whether pydantic complains of nothing but fields that exclude each other, and not of the value of `key` itself."""
+    own = tuple(key.split("."))
+    return isinstance(error, ValidationError) and all(
+        problem["type"] == "value_error" and problem["loc"][: len(own)] != own for problem in error.errors(include_url=False)
+    )
+
+
+def _as_recorded(key: str, fields: Any) -> Any:
+    """Listed values, and those of conditions, as the journal gives them back: JSON's, and numbers where the field takes numbers."""
+    if not isinstance(fields, dict):
+        return fields
+    recorded = dict(fields)
+    for kind in {"choice", "grid"} & fields.keys():
+        if isinstance(fields[kind], list | tuple):
+            recorded[kind] = [_value_as_recorded(key, value) for value in fields[kind]]
+    if isinstance(fields.get("when"), dict):
+        recorded["when"] = {
+            other: [_value_as_recorded(str(other), value) for value in (some if isinstance(some, list | tuple) else [some])]
+            for other, some in fields["when"].items()
+        }
+    return recorded
+
+
+def _value_as_recorded(key: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _value_as_recorded("", inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_value_as_recorded("", inner) for inner in value]
+    field = _field(key) if isinstance(value, str) else None
+    if field is None:
+        return value
+    try:
+        # YAML takes 1e-5, without a dot, for a text; neither constraints nor charts would.
+        read = TypeAdapter(field.rebuild_annotation()).validate_python(value)
+    except ValidationError:
+        return value
+    return read if isinstance(read, int | float) else value
+
+
+def _field(key: str) -> FieldInfo | None:
+    head, _, rest = key.partition(".")
+    return _NESTED[head].model_fields.get(rest) if rest and head in _NESTED else TrainConfig.model_fields.get(key)
+
+
+def _first_of(name: str) -> str:
+    return next(iter(_NESTED[name].model_fields))
+
+
 def _field_names() -> list[str]:
-    nested: dict[str, type[Config]] = {"augment": AugmentConfig, "review": ReviewRule}
-    return [*TrainConfig.model_fields, *(f"{key}.{name}" for key, model in nested.items() for name in model.model_fields)]
+    return [*TrainConfig.model_fields, *(f"{key}.{name}" for key, model in _NESTED.items() for name in model.model_fields)]
 
 
 def _is_field(name: str) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 
 from sentinode.config import SweepConfig
 from sentinode.config.domains import Choice, Domain, Grid, LogRandInt, LogUniform, RandInt
-from sentinode.errors import ConfigError
+from sentinode.errors import ConfigError, UsageError
 from sentinode.search.space import Point, draw, grid_points, meets, number_of_points, problem, random_point
 
 # How often a searcher may be asked again for a point that meets the constraints, and for one that was not tried yet.
@@ -75,8 +75,8 @@ def point_source(config: SweepConfig, first: Sequence[Point] = (), known: Sequen
 
     Raises
     ------
-    ConfigError
-        No point meets the constraints.
+    UsageError
+        Optuna is wanted and not installed.
     """
     if config.searcher == "optuna":
         return OptunaPoints(config, first, known)
@@ -118,7 +118,10 @@ class OptunaPoints:
     """
 
     def __init__(self, config: SweepConfig, first: Sequence[Point], known: Sequence[tuple[Point, Outcome]]) -> None:
-        import optuna
+        try:
+            import optuna
+        except ImportError as error:
+            raise UsageError("searcher optuna: Optuna is not installed; pip install optuna, or use searcher random") from error
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._optuna, self._config, self._first = optuna, config, list(first)
@@ -186,7 +189,8 @@ class OptunaPoints:
         """Make a trial with a given point."""
         self._study.enqueue_trial(self._parameters(point))
         trial = self._study.ask()
-        self._note(number, trial, self._suggested(trial))
+        self._suggested(trial)
+        self._note(number, trial, point)
 
     def _note(self, number: int, trial: Any, point: Point) -> None:
         self._trials[number] = trial
@@ -239,7 +243,11 @@ def _suggest(trial: Any, name: str, domain: Domain) -> Any:
 
 
 def _parameter(domain: Domain, value: Any) -> Any:
-    return list(domain.listed).index(value) if isinstance(domain, Choice | Grid) else value
+    if isinstance(domain, Choice | Grid):
+        return list(domain.listed).index(value)
+    # Optuna would put another value in the place of one that rounding has carried past an end.
+    low, high = domain.ends()[:2]
+    return min(max(value, low), high)
 
 
 def _name(point: Point) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sentinode.config import SweepConfig, parse_config, read_yaml_mapping
+from sentinode.config.paths import set_by_path
 from sentinode.config.train import TrainConfig
 from sentinode.errors import ConfigError, ManifestError
 from sentinode.search.journal import Journal, TrialRecord, rank
@@ -60,17 +61,39 @@ def _add(found: WarmStart, point: Point) -> None:
 
 def _point_of_yaml(path: Path, config: SweepConfig) -> Point:
     fields = read_yaml_mapping(path)
-    trained = parse_config(TrainConfig, fields)
+    try:
+        trained = parse_config(TrainConfig, fields)
+    except ConfigError as error:
+        raise ConfigError(f"warm_start {path}: {error}") from error
     point: Point = {}
     for key in config.keys:
-        if config.domain(key, point) is not None:
-            value: Any = trained
-            for part in key.split("."):
-                value = getattr(value, part)
-            point[key] = value
+        domain = config.domain(key, point)
+        if domain is not None:
+            value = _field(trained, key)
+            # A mapping or a list is written in the space as a person writes it, without defaults.
+            point[key] = next((one for one in domain.listed or () if _means(key, one, value)), value)
     if wrong := problem(config, point):
         raise ConfigError(f"warm_start {path}: {wrong}")
     return point
+
+
+def _field(trained: TrainConfig, key: str) -> Any:
+    value: Any = trained
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _means(key: str, listed: Any, value: Any) -> bool:
+    """Whether a listed value is what a configuration holds."""
+    if not isinstance(listed, dict | list):
+        return False
+    fields: dict[str, Any] = {}
+    set_by_path(fields, key, listed)
+    try:
+        return bool(_field(TrainConfig(**fields), key) == value)
+    except ValidationError:
+        return False
 
 
 def _take_sweep(found: WarmStart, folder: Path, config: SweepConfig, data_fingerprint: str) -> None:
