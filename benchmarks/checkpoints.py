@@ -29,7 +29,7 @@ def rounds(given: dict[str, Any]) -> dict[str, list[float]]:
     """Ray Train's per-worker function: the seconds of each kind of round."""
 
     from benchmarks.train_gpu import random_patches
-    from ray_jobs.checkpoints import CheckpointWriter, _Copy
+    from ray_jobs.checkpoint_writers import CheckpointWriter, _Copy
     from sentinode.config import TrainConfig
     from sentinode.ingest import ResidentRows
     from sentinode.learner import Learner

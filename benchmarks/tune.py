@@ -30,7 +30,7 @@ from benchmarks.ratios import median_of
 from ray_jobs.cluster import connected
 from ray_jobs.run_folder import REQUEST_FILE
 from ray_jobs.sweep.lone_training import LoneTraining
-from ray_jobs.train import initial_weights, train
+from ray_jobs.train import best_checkpoint, initial_weights, train
 from ray_jobs.tune import tune
 from sentinode.config import SweepConfig, TrainConfig
 from sentinode.dataset import Patches, PreparedDataset
@@ -71,7 +71,7 @@ def by_hand(configs: list[TrainConfig], data: Path, out: Path) -> None:
     """Train one after the other in this process, and make a bundle of the best, as a sweep does."""
     dataset = PreparedDataset.open(data)
     rows = _InMemory(dataset)
-    best: tuple[float, TrainConfig, dict[str, torch.Tensor]] | None = None
+    best: tuple[float, TrainConfig, Path] | None = None
     for number, config in enumerate(configs):
         folder = out / f"{number}"
         folder.mkdir(parents=True)
@@ -82,9 +82,11 @@ def by_hand(configs: list[TrainConfig], data: Path, out: Path) -> None:
         training.close()
         value = training.progress.best_value or 0.0
         if best is None or value > best[0]:
-            best = (value, config, {name: tensor.clone() for name, tensor in training._learner.kept.state_dict().items()})
+            best = (value, config, folder)
     assert best is not None
-    finish_bundle(best[2], rows.val, best[1], dataset.manifest, out / "bundle", name="hand")
+    kept = best_checkpoint(best[2])
+    assert kept is not None
+    finish_bundle(kept[0], rows.val, best[1], dataset.manifest, out / "bundle", name="hand")
 
 
 def overhead(data: Path, pairs: int, train_pairs: int, epochs: int) -> bool:

@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, how it reaches the storage while training goes on, and which of those that lie there count.
+"""What a checkpoint of a run holds, and which of those that lie there count; `checkpoint_writers` writes them.
 
     <run>/checkpoint_000012_9f3c…/model.safetensors    weights of the network that is validated and stored
                                   state.pt             optimiser, schedule, …: the rest of the learner; read with weights_only=True
@@ -10,33 +10,28 @@ the disk before it gets its name. Ray Train registers checkpoints and removes th
 (`checkpoint_manager_snapshot.json`) is made anew from the folders whenever a run is started, since Ray does not replace that file in one step.
 """
 
-import io
 import json
-import os
 import shutil
-import threading
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
-from ray_jobs.run_folder import REQUEST_FILE, not_shared, unwritable
+from ray_jobs.run_folder import unwritable
 from ray_jobs.run_inputs import Ingest
-from sentinode.config import TrainConfig
-from sentinode.errors import TrainingError, UsageError, one_line
+from sentinode.errors import TrainingError, UsageError
 from sentinode.learner import Learner
-from sentinode.storage import remove_any, temporary_name, write_json
+from sentinode.storage import remove_any, write_json
 from sentinode.training import Progress
 
 WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "state.pt"
 ABOUT_FILE = "checkpoint.json"
 _SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
-# To be raised with any change of what the files hold.
-_FORMAT_VERSION = 1
+# To be raised with any change of what the files hold, which `checkpoint_writers` writes.
+FORMAT_VERSION = 1
 # More than the newest checkpoint took: Adam has no moments before its first step, and an unfreezing network gets more of them.
 _ROOM_MARGIN = 1.1
 
@@ -86,12 +81,12 @@ class Saved:
             about = json.loads((path / ABOUT_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        if about.get("format_version") != _FORMAT_VERSION or "device" not in about:
+        if about.get("format_version") != FORMAT_VERSION or "device" not in about:
             # Not for us to say whether it is whole, so it must not be cleared away either.
             raise UsageError(f"{path}: made by another version of sentinode; continue the run with that one, or use another --out")
         progress, weights_only = Progress(**about["progress"]), bool(about.get("weights_only"))
         saved = cls(path, about["number"], about["world_size"], about["ingest"], about["device"], progress, weights_only)
-        files = [WEIGHTS_FILE] if weights_only else [WEIGHTS_FILE, STATE_FILE, *map(_rank_file, range(saved.world_size))]
+        files = [WEIGHTS_FILE] if weights_only else [WEIGHTS_FILE, STATE_FILE, *map(rank_file, range(saved.world_size))]
         return saved if all((path / name).exists() for name in files) else None
 
     @property
@@ -275,214 +270,11 @@ def lacking_room(folder: Path, learner: Learner) -> str | None:
     return f"{folder}: no room for a checkpoint ({needed / 2**20:.0f} MiB needed, {usage.free / 2**20:.0f} MiB free)"
 
 
-class CheckpointWriter:
-    """Saves the checkpoints of one worker in the background.
-
-    Parameters
-    ----------
-    folder : Path
-        The run's, the same for every worker.
-    config : TrainConfig
-    ingest : str
-        How rows are read.
-    rank, world_size : int
-    number : int
-        Of the checkpoint that the run goes on from, 0 for none.
-    """
-
-    def __init__(self, folder: Path, config: TrainConfig, ingest: Ingest, rank: int, world_size: int, number: int) -> None:
-        self._folder, self._rank, self._number = folder, rank, number
-        self._about = {"world_size": world_size, "ingest": ingest, "config": config.model_dump(mode="json")}
-        self._written = threading.Event()
-        self._written.set()
-        self._error: CheckpointError | None = None
-
-    def save(self, learner: Learner, progress: Progress) -> None:
-        """Copy the state and return; writing it and telling Ray go on in a thread. Every worker must call this the same number of times.
-
-        If the checkpoint before is still being written, that is waited for: there is one copy in memory at most.
-
-        Raises
-        ------
-        CheckpointError
-            The checkpoint before could not be written.
-        """
-        import ray.train
-
-        self._written.wait()
-        if self._error is not None:
-            raise self._error
-        self._number += 1
-        now = {"number": self._number, "device": learner.device.type, "progress": asdict(progress)}
-        copy = _Copy.of(learner, self._rank, {"format_version": _FORMAT_VERSION, **self._about, **now})
-        self._written.clear()
-        ray.train.report(
-            metrics_of(progress, self._number),
-            # Stands for the copy in memory, which is not a folder.
-            checkpoint=ray.train.Checkpoint.from_directory(self._folder),
-            # Random: what an attempt that failed left under the same number must not be mixed with this one. Rank 0's name holds for all.
-            checkpoint_dir_name=f"checkpoint_{self._number:06d}_{os.urandom(6).hex()}",
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-            delete_local_checkpoint_after_upload=False,
-            checkpoint_upload_fn=self._upload(copy),
-        )
-
-    def _upload(self, copy: "_Copy") -> Callable[[Any, str], Any]:
-        content: list[_Copy] = [copy]
-
-        def upload(_: Any, name: str) -> Any:
-            import ray.train
-
-            try:
-                # Taken out: Ray keeps this function until its turn comes, and the copy must not stay in memory that long.
-                content.pop().write(self._folder, self._folder / name)
-            except CheckpointError as error:
-                self._error = error
-                raise
-            finally:
-                self._written.set()
-            return ray.train.Checkpoint.from_directory(self._folder / name)
-
-        return upload
-
-
-class LoneCheckpointWriter:
-    """Saves the checkpoints of a training that is one process's own, without Ray Train, in the background; what is left is as `tidy` leaves it.
-
-    Parameters
-    ----------
-    folder : Path
-        The run's.
-    config : TrainConfig
-    ingest : str
-        How rows are read.
-    number : int
-        Of the checkpoint that the run goes on from, 0 for none.
-    """
-
-    def __init__(self, folder: Path, config: TrainConfig, ingest: Ingest, number: int) -> None:
-        self._folder, self._number = folder, number
-        self._about = {"world_size": 1, "ingest": ingest, "config": config.model_dump(mode="json")}
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
-
-    def save(self, learner: Learner, progress: Progress) -> None:
-        """Copy the state and return; it is written in a thread, once the one before has been; raises as `wait`."""
-        self.wait()
-        self._number += 1
-        now = {"number": self._number, "device": learner.device.type, "progress": asdict(progress)}
-        copy = _Copy.of(learner, 0, {"format_version": _FORMAT_VERSION, **self._about, **now})
-        path = self._folder / f"checkpoint_{self._number:06d}_{os.urandom(6).hex()}"
-        # No daemon: a process that is asked to end writes what it has begun.
-        self._thread = threading.Thread(target=self._write, args=(copy, path), name="checkpoint")
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Wait until everything is on the disk.
-
-        Raises
-        ------
-        CheckpointError
-            A checkpoint could not be written.
-        """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            raise self._error
-
-    def _write(self, copy: "_Copy", path: Path) -> None:
-        try:
-            copy.write(self._folder, path)
-            tidy(self._folder)
-        except Exception as error:
-            self._error = error
-
-
-@dataclass(frozen=True)
-class _Copy:
-    """One worker's part of a checkpoint, in memory of its own."""
-
-    rank: int
-    random: dict[str, torch.Tensor]
-    # Rank 0's only.
-    weights: dict[str, torch.Tensor] | None
-    state: dict[str, Any] | None
-    about: dict[str, Any] | None
-
-    @classmethod
-    def of(cls, learner: Learner, rank: int, about: dict[str, Any]) -> "_Copy":
-        random = {"cpu": torch.get_rng_state()}
-        if learner.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(learner.device)
-        if rank > 0:
-            return cls(rank, random, None, None, None)
-        # safetensors wants them contiguous, whatever the network's memory format.
-        weights = {name: torch.empty(value.shape, dtype=value.dtype).copy_(value) for name, value in learner.kept.state_dict().items()}
-        return cls(rank, random, weights, _copied(learner.state()), about)
-
-    def write(self, run: Path, folder: Path) -> None:
-        """Write the files of this worker; each gets its name when it is on the disk.
-
-        Raises
-        ------
-        CheckpointError
-            They cannot be written; none is left.
-        """
-        from safetensors.torch import save
-
-        # Looked at when training began; what was mounted there may have gone since.
-        if not (run / REQUEST_FILE).exists():
-            raise CheckpointError(not_shared(run))
-        written: list[Path] = []
-        try:
-            folder.mkdir(exist_ok=True)
-            if self.weights is not None:
-                # Whole in memory first: the libraries' own ways to a file lose what the operating system says when a disk is full.
-                _write(folder / WEIGHTS_FILE, save(self.weights), written)
-                _write(folder / STATE_FILE, _serialised(self.state), written)
-            _write(folder / _rank_file(self.rank), _serialised(self.random), written)
-            if self.about is not None:
-                _write(folder / ABOUT_FILE, json.dumps(self.about, indent=2, allow_nan=False).encode(), written)
-        except OSError as error:
-            for path in written:
-                path.unlink(missing_ok=True)
-            reason = error.strerror or one_line(error)
-            raise CheckpointError(f"{run}: a checkpoint cannot be written ({reason}); make room there and repeat the command") from error
-
-
-def _write(path: Path, data: bytes, written: list[Path]) -> None:
-    temporary = temporary_name(path)
-    written += [temporary, path]
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _serialised(content: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
-def _copied(state: Any) -> Any:
-    """Copy a tree of plain values and tensors to memory of its own; tensors keep their strides, which optimisers rely on."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, Mapping):
-        return {key: _copied(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(_copied(value) for value in state)
-    return state
-
-
 def restore(learner: Learner, saved: Saved, rank: int) -> None:
     """Bring a learner, and the random numbers of this worker, to where the checkpoint was taken."""
     state = torch.load(saved.path / STATE_FILE, map_location="cpu", weights_only=True)
     learner.restore(saved.weights(), state)
-    path = saved.path / _rank_file(rank)
+    path = saved.path / rank_file(rank)
     if not path.exists():  # the group has grown
         return
     random = torch.load(path, map_location="cpu", weights_only=True)
@@ -491,5 +283,6 @@ def restore(learner: Learner, saved: Saved, rank: int) -> None:
         torch.cuda.set_rng_state(random["cuda"], learner.device)
 
 
-def _rank_file(rank: int) -> str:
+def rank_file(rank: int) -> str:
+    """Return the name of a worker's file of random numbers."""
     return f"rank{rank}.pt"

@@ -25,7 +25,7 @@ from ray_jobs.run_inputs import LoadedRows, load_rows
 from ray_jobs.stopping import StopOnSignal
 from ray_jobs.tracking import RunFacts, Tracking, check_trackers, tracking
 from ray_jobs.trainer import checkpoint_interval_s, make_trainer, room_text
-from ray_jobs.verb import add_common_arguments, config_from, main_of, say
+from ray_jobs.verb import add_common_arguments, config_from, duration_text, main_of, say
 from sentinode.bundle import Bundle
 from sentinode.config import TrainConfig
 from sentinode.dataset import Patches, PreparedDataset
@@ -186,6 +186,7 @@ def fit_run(config: TrainConfig, folder: Path, run_id: str, rows: LoadedRows, *,
     _, last = best_and_last(folder)
     if last is None or not (last.progress.history and last.progress.is_over(config)):
         _fit(config, folder, run_id, rows, initial_weights(config) if last is None else None, use_gpu=use_gpu, trackers=Tracking({}))
+    remove_any(folder / FEATURES_FOLDER)
 
 
 def _fit(
@@ -309,14 +310,8 @@ def describe_epoch(record: dict[str, Any], config: TrainConfig) -> str:
     left = (config.epochs - record["epoch"] - 1) * (record["seconds"] + record["val_seconds"])
     return (
         f"epoch {record['epoch'] + 1}/{config.epochs}  loss {record['train_loss']:.4f}  {validation}  "
-        f"lr {record['learning_rate']:.2g}  {speed:.0f} images/s  {_duration(left)} left{best}"
+        f"lr {record['learning_rate']:.2g}  {speed:.0f} images/s  {duration_text(left)} left{best}"
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ray_jobs.checkpoints import CheckpointError, CheckpointWriter, Saved, lacking_room, remove_newer, restore
+from ray_jobs.checkpoint_writers import CheckpointWriter
+from ray_jobs.checkpoints import CheckpointError, Saved, lacking_room, remove_newer, restore
 from ray_jobs.run_folder import FEATURES_FOLDER, is_run, not_shared
 from ray_jobs.run_inputs import Loop
 from ray_jobs.stopping import Wishes

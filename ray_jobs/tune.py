@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 import yaml
 
 from ray_jobs.checkpoints import Saved
@@ -95,8 +96,8 @@ def tune(config: SweepConfig, data: str | Path, out: str | Path, *, verbose: boo
         started = warm_start(config, dataset.manifest.fingerprint)
         source = point_source(config, started.first, started.known)
         notes = [*_warnings(config, base), *started.notes]
-        if "weights" not in config.keys and base.weights != "none":
-            initial_weights(base)
+        # Weights that cannot be had are wrong use, found here in a second.
+        initial = None if "weights" in config.keys else initial_weights(base)
         for note in notes:
             say(f"warning: {note}")
         with connected(_wanted_cpus(config, base), verbose=verbose):
@@ -104,11 +105,31 @@ def tune(config: SweepConfig, data: str | Path, out: str | Path, *, verbose: boo
             begun = next((saved for path in sorted((folder / "trials").rglob("checkpoint_*/")) if (saved := Saved.open(path)) is not None), None)
             use_gpu = resolve_gpus(base, config.workers_per_trial, begun, "tune (one trial)", config.gpus_per_worker)
             rows = _load_rows(dataset, base, folds)
-            run_id = request.claim()
-            _search(config, base, dataset, folder, run_id, rows, journal, source, use_gpu=use_gpu, verbose=verbose)
+            sweep = _Sweep(config, base, dataset, folder, request.claim(), rows, initial, journal, use_gpu)
+            _search(sweep, source, verbose=verbose)
             remove_any(folder / FEATURES_FOLDER)
-            bundle = _finish(config, base, dataset, folder, run_id, rows, journal, notes, use_gpu=use_gpu)
+            bundle = _finish(sweep, notes)
     return TuneResult(bundle, journal.trials, standings(journal.trials, config), already_complete=False)
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """What a sweep is carried out with."""
+
+    config: SweepConfig
+    base: TrainConfig
+    dataset: PreparedDataset
+    folder: Path
+    run_id: str
+    rows: dict[int | None, LoadedRows | FoldRows]
+    initial: dict[str, torch.Tensor] | None
+    journal: Journal
+    use_gpu: bool
+
+    @property
+    def folds(self) -> list[int] | None:
+        """Folds that each trial is scored on."""
+        return None if None in self.rows else [fold for fold in self.rows if fold is not None]
 
 
 def _folds(config: SweepConfig, dataset: PreparedDataset) -> list[int] | None:
@@ -149,33 +170,22 @@ def _limit(config: SweepConfig, base: TrainConfig, use_gpu: bool) -> int:
     return max(1, min(room, config.max_concurrent_trials or room))
 
 
-def _search(
-    config: SweepConfig,
-    base: TrainConfig,
-    dataset: PreparedDataset,
-    folder: Path,
-    run_id: str,
-    rows: dict[int | None, LoadedRows | FoldRows],
-    journal: Journal,
-    source: PointSource,
-    *,
-    use_gpu: bool,
-    verbose: bool,
-) -> None:
+def _search(sweep: _Sweep, source: PointSource, *, verbose: bool) -> None:
     """Run, or go on with, the trials; what became of them is in the journal."""
-    folds = None if None in rows else [fold for fold in rows if fold is not None]
-    epochs, limit = config.largest("epochs"), _limit(config, base, use_gpu)
+    config, base, folder, journal, folds = sweep.config, sweep.base, sweep.folder, sweep.journal, sweep.folds
+    epochs, limit = config.largest("epochs"), _limit(config, base, sweep.use_gpu)
     total = source.total + config.repeats * min(config.repeat_top, source.total)
     progress = SweepProgress(config.metric, journal, total, epochs * len(folds or [0]), limit, say)
-    trackers = TrialTrackers(config, folder, dataset.manifest.fingerprint)
+    trackers = TrialTrackers(config, folder, sweep.dataset.manifest.fingerprint)
     if journal.trials:
         say(f"continuing the sweep: {progress.standing(0)}")
     course = Course(config, folder, journal, source, limit=limit, epochs=epochs, folds=folds, seed=base.seed, progress=progress, trackers=trackers)
     try:
         with following(lambda record: None) as log:
-            initial = None if "weights" in config.keys else ray.put(initial_weights(base))
-            shared = Shared(config, base, dataset, folder, run_id, rows, initial, log, use_gpu, os.getcwd())
-            went_through = tune_search(course, shared, gpus=config.gpus_per_worker if use_gpu else 0, max_failures=base.max_failures, verbose=verbose)
+            initial = None if sweep.initial is None else ray.put(sweep.initial)
+            shared = Shared(config, base, sweep.dataset, folder, sweep.run_id, sweep.rows, initial, log, sweep.use_gpu, os.getcwd())
+            gpus = config.gpus_per_worker if sweep.use_gpu else 0
+            went_through = tune_search(course, shared, gpus=gpus, max_failures=base.max_failures, verbose=verbose)
     finally:
         trackers.close()
     if course.broken is not None:
@@ -183,46 +193,32 @@ def _search(
     unfinished = sum(trial.status == "running" for trial in journal.trials)
     if not went_through or unfinished:
         raise StoppedError(f"stopped with {unfinished} trials unfinished; repeat the command to continue in {folder}")
-    course.settle()
 
 
-def _finish(
-    config: SweepConfig,
-    base: TrainConfig,
-    dataset: PreparedDataset,
-    folder: Path,
-    run_id: str,
-    rows: dict[int | None, LoadedRows | FoldRows],
-    journal: Journal,
-    notes: list[str],
-    *,
-    use_gpu: bool,
-) -> Bundle:
+def _finish(sweep: _Sweep, notes: list[str]) -> Bundle:
     """Write trials.csv, best.yaml, the report, and last the bundle: a sweep with a bundle is complete."""
-    best = next(iter(standings(journal.trials, config)), None)
+    config, dataset, folder, trials = sweep.config, sweep.dataset, sweep.folder, sweep.journal.trials
+    best = next(iter(standings(trials, config)), None)
     if best is None:
-        errors = [trial.error for trial in journal.trials if trial.error]
+        errors = [trial.error for trial in trials if trial.error]
         raise TrainingError(f"every trial failed; the first: {errors[0] if errors else 'no epoch had a figure'} (see {folder / 'trials'})")
     best_config = trial_config(config, best.trial.point, best.trial.seed, None)
-    write_text_atomic(folder / "trials.csv", trials_table(journal.trials, config).to_csv(index=False))
+    write_text_atomic(folder / "trials.csv", trials_table(trials, config).to_csv(index=False))
     write_text_atomic(folder / "best.yaml", best_yaml(best, best_config, config))
-    folds = None if None in rows else [fold for fold in rows if fold is not None]
-    facts = SweepFacts(
-        config=config, dataset=dataset.manifest, epochs=config.largest("epochs"), folds=folds, name=folder.name, best=best.trial.number, notes=notes
-    )
-    write_text_atomic(folder / "report.html", render(journal.trials, facts))
-    same_rows = folds is None and rows_key(best_config) == rows_key(base)
-    its_rows = rows[None] if same_rows else load_rows(dataset, best_config)
-    assert isinstance(its_rows, LoadedRows)
+    facts = SweepFacts(config, dataset.manifest, config.largest("epochs"), sweep.folds, folder.name, best.trial.number, notes)
+    write_text_atomic(folder / "report.html", render(trials, facts))
+    rows = sweep.rows.get(None)
+    if not isinstance(rows, LoadedRows) or rows_key(best_config) != rows_key(sweep.base):
+        rows = load_rows(dataset, best_config)
     weights_from = trial_folder(folder, best.trial.number, None)
-    if folds is not None:
+    if sweep.folds is not None:
         say("training the best configuration on the train split, for the bundle")
         weights_from = folder / "trials" / "best"
-        _train_best(best_config, weights_from, run_id, its_rows, use_gpu=use_gpu)
+        _train_best(best_config, weights_from, sweep.run_id, rows, use_gpu=sweep.use_gpu)
     kept = best_checkpoint(weights_from)
     if kept is None:
         raise TrainingError(f"{weights_from}: the checkpoints of the best trial are gone")
-    return finish(kept[0], its_rows, best_config, dataset, folder / "bundle", run_id, name=folder.name, use_gpu=use_gpu)
+    return finish(kept[0], rows, best_config, dataset, folder / "bundle", sweep.run_id, name=folder.name, use_gpu=sweep.use_gpu)
 
 
 def _train_best(config: TrainConfig, folder: Path, run_id: str, rows: LoadedRows, *, use_gpu: bool) -> None:

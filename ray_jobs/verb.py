@@ -110,6 +110,13 @@ def _configure_output(verbose: bool) -> None:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 
 
+def duration_text(seconds: float) -> str:
+    """Return "95 s", "12 min" or "3.4 h"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def say(text: str) -> None:
     """Tell the person at the terminal. That the terminal is gone, or the disk behind it full, must not end the work, nor hide how it ends."""
     try:

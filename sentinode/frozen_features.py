@@ -5,6 +5,7 @@ holds is a function of its key alone: it is computed in batches of a fixed size 
 """
 
 import fcntl
+import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -15,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sentinode.storage import temporary_name
+from sentinode.config import TrainConfig
+from sentinode.learner import Learner
+from sentinode.storage import canonical_json, temporary_name
 
 BATCH_ROWS = 64
 """Rows that are computed at a time."""
@@ -26,6 +29,30 @@ _STORED: dict[torch.dtype, np.dtype[Any]] = {
     torch.float16: np.dtype(np.float16),
     torch.bfloat16: np.dtype(np.uint16),
 }
+
+
+def features_key(learner: Learner, config: TrainConfig, rows: int, *, look: int | None) -> str:
+    """Return a name for all that decides the outputs of frozen stages: of a look of all `rows` trained on, or, None, of those validated on."""
+    seen: dict[str, object] = {"batch": config.eval_batch_size}
+    if look is not None:
+        seen = {"augment": config.augment.model_dump(), "seed": config.seed, "look": look}
+    calibration = [config.calibration_fraction, config.seed] if config.calibration_fraction else None
+    decides = {
+        "fold": config.fold,
+        "calibration": calibration,
+        "rows": rows,
+        "arch": config.arch,
+        "size": config.input_size_px,
+        "mean": config.mean,
+        "std": config.std,
+        "depth": learner.depth,
+        "trunk": learner.trunk_digest(),
+        "device": learner.device.type,
+        "precision": learner.precision,
+        "format": str(learner.memory_format),
+        "compile": config.compile,
+    }
+    return hashlib.sha256(canonical_json(seen | decides)).hexdigest()[:32]
 
 
 class Features:

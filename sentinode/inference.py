@@ -1,6 +1,7 @@
 """The forward pass without gradients, the same for every caller."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,11 @@ from sentinode.preprocess import network_input
 
 VIEWS = 8
 """Symmetries of the square, as `view` numbers them."""
+
+
+def without_tf32() -> AbstractContextManager[None]:
+    """Return the context of every forward pass whose numbers count: a GPU's probabilities must equal a CPU's, and cuDNN uses TF32 by default."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # type: ignore[no-untyped-call, no-any-return]
 
 
 @torch.inference_mode()
@@ -48,8 +54,7 @@ def network_logits(
     for start in range(0, len(patches), batch_size):
         # A copy: patches often lie in read-only shared memory, which torch does not accept.
         batch = torch.tensor(patches[start : start + batch_size], device=device)
-        # Without TF32, which cuDNN uses by default: a GPU's probabilities must equal a CPU's.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with without_tf32():
             inputs = network_input(batch, input_size_px, mean, std)
             logits = torch.stack([_difference(model(view(inputs, number))) for number in range(tta)]).mean(0)
         parts.append(logits.cpu().numpy())

@@ -1,7 +1,6 @@
 """The training loop: a plain function over torch objects, with or without torch.distributed, and without Ray."""
 
 import enum
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,14 +17,13 @@ from sentinode.config import TrainConfig
 from sentinode.dataset import Patches
 from sentinode.epoch_plan import Batch, EpochPlan, Step
 from sentinode.errors import SentinodeError, TrainingError, UsageError
-from sentinode.frozen_features import BATCH_ROWS, Features, FeatureStore
-from sentinode.inference import network_logits
+from sentinode.frozen_features import BATCH_ROWS, Features, FeatureStore, features_key
+from sentinode.inference import network_logits, without_tf32
 from sentinode.ingest import RowSource
 from sentinode.learner import Learner
 from sentinode.metrics import roc_auc
 from sentinode.preprocess import network_input, normalise, resize
 from sentinode.selection import is_better
-from sentinode.storage import canonical_json
 
 IntArray = npt.NDArray[np.int64]
 
@@ -322,7 +320,7 @@ class _Epoch:
                 with torch.no_grad():
                     yield self._learner.trunk_features(self._inputs(images, draws[torch.from_numpy(chosen)]))
 
-        key = _features_key(self._learner, self._config, len(self._labels), look=look)
+        key = features_key(self._learner, self._config, len(self._labels), look=look)
         return self._store.get(key, len(self._labels), compute)
 
     def _train_on(self, step: Step, number: int, images: Iterator[torch.Tensor], draws: torch.Tensor, features: Features | None) -> None:
@@ -401,18 +399,6 @@ def _own_sums(sums: list[list[float]], group: Group) -> list[float]:
     return [float(value) for value in np.sum(sums, axis=0)] if sums and group.rank == 0 else [0.0, 0.0, 0.0]
 
 
-def _features_key(learner: Learner, config: TrainConfig, rows: int, *, look: int | None) -> str:
-    """Return a name for what decides the outputs of frozen stages: of a look of all rows trained on, or, None, of those validated on."""
-    seen: dict[str, object] = {"batch": config.eval_batch_size}
-    if look is not None:
-        seen = {"augment": config.augment.model_dump(), "seed": config.seed, "look": look}
-    calibration = [config.calibration_fraction, config.seed] if config.calibration_fraction else None
-    dealt = {"fold": config.fold, "calibration": calibration, "rows": rows}
-    network = {"arch": config.arch, "size": config.input_size_px, "mean": config.mean, "std": config.std, "depth": learner.depth}
-    how = {"precision": learner.precision, "device": learner.device.type, "trunk": learner.trunk_digest()}
-    return hashlib.sha256(canonical_json(seen | dealt | network | how)).hexdigest()[:32]
-
-
 def _validation_logits(learner: Learner, val: Patches, config: TrainConfig, group: Group, store: FeatureStore | None) -> npt.NDArray[np.float32]:
     """Return z1 - z0 of this worker's share of the validation rows; with kept features the same numbers."""
     if store is not None and learner.has_trunk:
@@ -420,14 +406,14 @@ def _validation_logits(learner: Learner, val: Patches, config: TrainConfig, grou
         starts = range(0, len(val), size)
 
         def compute() -> Iterator[torch.Tensor]:
-            with torch.no_grad():
+            with torch.no_grad(), without_tf32():
                 for start in starts:
                     batch = torch.tensor(val.images[start : start + size], device=group.device)
                     yield learner.trunk_features(network_input(batch, config.input_size_px, config.mean, config.std))
 
-        features = store.get(_features_key(learner, config, len(val), look=None), len(val), compute)
+        features = store.get(features_key(learner, config, len(val), look=None), len(val), compute)
         if features is not None:
-            with learner.evaluating_features() as logits, torch.no_grad():
+            with learner.evaluating_features() as logits, torch.no_grad(), without_tf32():
                 z = torch.cat([logits(features.rows(slice(start, start + size), group.device)).cpu() for start in starts])
             return (z[:, 1] - z[:, 0]).numpy()
     with learner.evaluating() as network:

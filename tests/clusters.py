@@ -11,8 +11,8 @@ import pytest
 
 
 @contextmanager
-def cluster_of(nodes: int, cpus: int = 1) -> Iterator[Any]:
-    """A cluster of a head with one CPU and some more nodes."""
+def cluster_of(nodes: int, head_cpus: int = 1) -> Iterator[Any]:
+    """A cluster of a head and some more nodes with one CPU each."""
     import ray.util
     from ray.cluster_utils import Cluster
 
@@ -24,10 +24,10 @@ def cluster_of(nodes: int, cpus: int = 1) -> Iterator[Any]:
         # Its processes must not take another Ray of this machine for theirs.
         patch.setenv("RAY_ADDRESS", f"{ray.util.get_node_ip_address()}:{port}")
         dashboard = {"include_dashboard": True, "dashboard_port": dashboard_port}
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "gcs_server_port": port, **dashboard})
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": head_cpus, "gcs_server_port": port, **dashboard})
         try:
             for _ in range(nodes):
-                cluster.add_node(num_cpus=cpus)
+                cluster.add_node(num_cpus=1)
             yield cluster
         finally:
             cluster.shutdown()

@@ -5,7 +5,6 @@ and the rule that stops trials are told again what happened, in the order in whi
 """
 
 import json
-import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -24,10 +23,8 @@ from sentinode.search.point_sources import Outcome, PointSource
 
 # How long the end of a sweep waits for checkpoints that trials have begun to write, before it has them made again.
 _WRITE_S = 60.0
-# How often it looks for them.
+# How often it is looked for them.
 _LOOK_S = 1.0
-
-logger = logging.getLogger(__name__)
 
 
 class Course:
@@ -143,6 +140,8 @@ class Course:
         return replace(Job.of(trial), told=saved)
 
     def _next_trial(self) -> TrialRecord | None:
+        # Now, not at the end: whole checkpoints of all trials would fill a disk.
+        self.settle()
         if self._unfinished:
             return self._unfinished.pop(0)
         searched = sum(trial.kind == "search" for trial in self._journal.trials)
@@ -159,6 +158,7 @@ class Course:
         if lost := [trial for trial in self._unsettled() if trial.number not in self._made_again]:
             # With the process that was writing it.
             self._made_again |= {trial.number for trial in lost}
+            self._over_since = float("-inf")
             self._unfinished += lost[1:]
             return lost[0]
         raise StopIteration
@@ -230,36 +230,31 @@ class Course:
         self._progress.ended(trial, running=len(self._live))
 
     def _tell_source(self, trial: TrialRecord) -> None:
-        metric = self._config.metric
-        failed = trial.status == "failed"
-        by_step = tuple(record[metric] for record in trial.epochs if record.get(metric) is not None)
-        cost = None if self._config.cost is None else trial.cost(self._config.cost)
-        self._source.tell(trial.number, Outcome(None if failed else trial.value(metric), cost, by_step, trial.status == "stopped"))
+        self._source.tell(trial.number, Outcome.of(trial, self._config))
 
     def _break(self, error: SentinodeError) -> None:
         """No trial could go on: begin no other, and let those that run end at their next epoch."""
-        if self.broken is None:
-            self.broken = error
-            logger.error("%s", error)
+        self.broken = self.broken or error
         self.stopping = True
 
     def _all_settled(self) -> bool:
-        """Whether every ended trial has its last checkpoint on the disk; of those that have, only the weights of the best epoch are kept."""
+        """Whether every ended trial has its last checkpoint on the disk, or has had the time for it."""
         now = time.monotonic()
         if self._over_since == float("-inf"):
             self._over_since = now
-        if now - self._looked >= _LOOK_S:
-            self._looked = now
-            self.settle()
         return not self._unsettled() or now - self._over_since > _WRITE_S
 
     def _unsettled(self) -> list[TrialRecord]:
         return [trial for trial in self._journal.trials if trial.status in ("finished", "stopped") and trial.number not in self._settled]
 
     def settle(self) -> None:
-        """Keep of each ended trial whose last checkpoint is on the disk the weights of its best epoch."""
-        for trial in self._journal.trials:
-            if trial.status in ("finished", "stopped") and trial.number not in self._settled and self._is_written(trial):
+        """Keep of each ended trial whose last checkpoint is on the disk the weights of its best epoch. Looks once a second at most."""
+        now = time.monotonic()
+        if now - self._looked < _LOOK_S:
+            return
+        self._looked = now
+        for trial in self._unsettled():
+            if trial.number not in self._live and self._is_written(trial):
                 for fold in trial.folds:
                     keep_weights_only(trial_folder(self._folder, trial.number, fold))
                 self._settled.add(trial.number)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ray_jobs.checkpoints import LoneCheckpointWriter, best_and_last, lacking_room, restore, tidy
+from ray_jobs.checkpoint_writers import LoneCheckpointWriter
+from ray_jobs.checkpoints import best_and_last, lacking_room, restore, tidy
 from ray_jobs.run_folder import FEATURES_FOLDER
 from ray_jobs.run_inputs import FoldRows, LoadedRows
 from ray_jobs.stopping import Wishes

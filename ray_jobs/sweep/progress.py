@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ray_jobs.sweep.table import describe_point
+from ray_jobs.verb import duration_text
 from sentinode.search.journal import Journal, TrialRecord, rank
 
 
@@ -66,7 +67,7 @@ class SweepProgress:
             if count := sum(trial.status == status for trial in ended):
                 parts.append(f"{count} of them {words}")
         left_s = self._seconds_left(ended)
-        return ", ".join(parts if left_s is None else [*parts, f"about {_duration(left_s)} left"])
+        return ", ".join(parts if left_s is None else [*parts, f"about {duration_text(left_s)} left"])
 
     def _seconds_left(self, ended: list[TrialRecord]) -> float | None:
         """Estimate from what trials have taken so far, those that were stopped too."""
@@ -85,9 +86,3 @@ class SweepProgress:
 def _taken(trial: TrialRecord) -> float:
     """Seconds of training, validation and preparation."""
     return trial.train_seconds + float(sum(start["seconds"] for start in trial.starts))
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -12,6 +12,7 @@ from ray_jobs.sweep import charts
 from ray_jobs.sweep.importance import FEWEST_TRIALS, TRUSTED_TRIALS, Importance, importances, place_of
 from ray_jobs.sweep.table import describe_point
 from ray_jobs.sweep.winner import Standing, standings
+from ray_jobs.verb import duration_text
 from sentinode import RESEARCH_USE_NOTICE
 from sentinode.config import SweepConfig, TrainConfig
 from sentinode.config.domains import Choice, Domain, Grid, LogRandInt, LogUniform
@@ -112,9 +113,7 @@ def _value(value: Any) -> str:
 def _duration(seconds: float | None) -> str:
     if seconds is None:
         return "-"
-    if seconds < 120:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return f"{seconds:.1f} s" if seconds < 10 else duration_text(seconds)
 
 
 def _row(trial: TrialRecord, config: SweepConfig) -> dict[str, Any]:

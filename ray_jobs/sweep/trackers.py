@@ -37,9 +37,10 @@ class TrialTrackers:
             name = f"{self._folder.name}/{trial.name}" + (f"/fold-{fold}" if fold is not None else "")
             facts = RunFacts(name, config.model_dump(mode="json"), {**self._facts, "trial": trial.name, "kind": trial.kind, "origin": trial.origin})
             self._open[key] = open_trackers(config.model_copy(update=where), trial_folder(self._folder, trial.number, fold), facts)
-            for earlier in trial.epochs:
-                if earlier["fold"] == fold:
-                    self._open[key].add(earlier)
+            for known in trial.epochs:
+                if known["fold"] == fold:
+                    self._open[key].add(known)
+            return
         self._open[key].add(record)
 
     def ended(self, trial: TrialRecord, status: str) -> None:

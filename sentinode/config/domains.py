@@ -1,6 +1,7 @@
 """How the values of one parameter of a search are drawn."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, cast
 
@@ -11,7 +12,7 @@ from sentinode.config.base import Config
 from sentinode.config.errors import describe_validation_error
 
 
-class Domain(Config):
+class Domain(Config, ABC):
     """What every kind shares."""
 
     kind: ClassVar[str]
@@ -33,26 +34,26 @@ class Domain(Config):
         """Whether the conditions hold at a point, of which the parameters that are named there are decided."""
         return all(key in point and point[key] in values for key, values in self.when.items())
 
+    @abstractmethod
     def draw(self, generator: np.random.Generator) -> Any:
         """Return a value, plain Python's."""
-        raise NotImplementedError
 
+    @abstractmethod
     def holds(self, value: Any) -> bool:
         """Whether a value could be drawn."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ends(self) -> list[Any]:
         """Return values that must be valid, or some trial would end at its start: all of a list, the ends of a range and one between."""
-        raise NotImplementedError
 
     @property
     def listed(self) -> tuple[Any, ...] | None:
         """The values, where they are listed or whole numbers."""
         return None
 
+    @abstractmethod
     def words(self) -> str:
         """Return it for people: "0.0001 to 0.01, logarithmic"."""
-        raise NotImplementedError
 
 
 class _Range(Domain):

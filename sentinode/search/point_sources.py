@@ -12,6 +12,7 @@ import numpy as np
 from sentinode.config import SweepConfig
 from sentinode.config.domains import Choice, Domain, Grid, LogRandInt, LogUniform, RandInt
 from sentinode.errors import ConfigError, UsageError
+from sentinode.search.journal import TrialRecord
 from sentinode.search.space import Point, draw, grid_points, meets, number_of_points, problem, random_point
 
 # How often a searcher may be asked again for a point that meets the constraints, and for one that was not tried yet.
@@ -40,6 +41,14 @@ class Outcome:
     cost: float | None
     by_step: tuple[float, ...]
     stopped: bool
+
+    @classmethod
+    def of(cls, trial: TrialRecord, config: SweepConfig) -> "Outcome":
+        """Return what a searcher is to know of a trial that has ended."""
+        cost = None if config.cost is None else trial.cost(config.cost)
+        by_step = tuple(record[config.metric] for record in trial.epochs if record.get(config.metric) is not None)
+        value = None if trial.status == "failed" else trial.value(config.metric)
+        return cls(value, cost, by_step, trial.status == "stopped")
 
 
 class PointSource(Protocol):

@@ -11,7 +11,7 @@ from sentinode.config import SweepConfig, parse_config, read_yaml_mapping
 from sentinode.config.paths import set_by_path
 from sentinode.config.train import TrainConfig
 from sentinode.errors import ConfigError, ManifestError
-from sentinode.search.journal import Journal, TrialRecord, rank
+from sentinode.search.journal import Journal, rank
 from sentinode.search.point_sources import Outcome
 from sentinode.search.space import Point, problem
 from sentinode.storage import local_path
@@ -120,10 +120,4 @@ def _take_sweep(found: WarmStart, folder: Path, config: SweepConfig, data_finger
             f"warm_start {folder}: other data, base, metric or folds, so optuna tries its best points but does not learn from its figures"
         )
         return
-    found.known.extend((dict(trial.point), _outcome(trial, config)) for trial in usable if trial.status in ("finished", "stopped"))
-
-
-def _outcome(trial: TrialRecord, config: SweepConfig) -> Outcome:
-    cost = None if config.cost is None else trial.cost(config.cost)
-    by_step = tuple(record[config.metric] for record in trial.epochs if record.get(config.metric) is not None)
-    return Outcome(trial.value(config.metric), cost, by_step, trial.status == "stopped")
+    found.known.extend((dict(trial.point), Outcome.of(trial, config)) for trial in usable if trial.status in ("finished", "stopped"))

@@ -15,6 +15,7 @@ import yaml
 from sentinode.bundle import Bundle
 from sentinode.dataset import PreparedDataset
 from sentinode.search.journal import JOURNAL_FILE, Journal
+from tests.clusters import cluster_of, node_that_runs
 from tests.factories import make_dataset
 from tests.processes import Running, running, sentinode
 from tests.ray_jobs.conftest import wait_until_all_free
@@ -162,6 +163,17 @@ def test_trials_with_two_workers_end_without_leaving_anything_taken(
     assert "stopped" in {trial["status"] for trial in outcome["trials"]}
     for trial in outcome["trials"]:
         assert [one["epoch"] for one in trial["epochs"]] == list(range(len(trial["epochs"])))
+
+
+def test_a_trial_goes_on_on_another_node_when_its_own_is_lost(dataset: PreparedDataset, undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    # No trial on the head, and a node to spare.
+    with cluster_of(nodes=3, head_cpus=0) as cluster, running(*_tune(dataset, tmp_path), ray_address=cluster.address) as command:
+        _wait_for_epochs(command, 1)
+        cluster.remove_node(node_that_runs(cluster, TRIAL), allow_graceful=False)
+        command.wait_for_line("trial 00000 lost its process", 120)
+        command.wait_for_line("bundle: ", 300)
+        assert command.process.wait(60) == 0
+    assert _outcome(tmp_path) == undisturbed
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_continues(

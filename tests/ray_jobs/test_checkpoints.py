@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from ray_jobs import checkpoints
+from ray_jobs import checkpoint_writers, checkpoints
+from ray_jobs.checkpoint_writers import CheckpointWriter
 from ray_jobs.checkpoints import (
     ABOUT_FILE,
     STATE_FILE,
     WEIGHTS_FILE,
     CheckpointError,
-    CheckpointWriter,
     Saved,
     best_and_last,
     lacking_room,
@@ -272,13 +272,13 @@ def _writer(run: Path, rank: int = 0, number: int = 0) -> CheckpointWriter:
 @pytest.fixture
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Nothing gets to the disk until the event is set."""
-    ready, write = threading.Event(), checkpoints._write
+    ready, write = threading.Event(), checkpoint_writers._write
 
     def wait_and_write(*args: Any) -> None:
         ready.wait()
         write(*args)
 
-    monkeypatch.setattr(checkpoints, "_write", wait_and_write)
+    monkeypatch.setattr(checkpoint_writers, "_write", wait_and_write)
     yield ready
     ready.set()
 
@@ -339,14 +339,14 @@ def test_a_full_disk_is_one_line_that_names_the_folder_and_leaves_the_checkpoint
     learner, writer = _learner(), _writer(run_folder)
     writer.save(learner, _progress(0.9))
     fake_ray.wait()
-    write = checkpoints._write
+    write = checkpoint_writers._write
 
     def write_until_full(path: Path, data: bytes, written: list[Path]) -> None:
         if path.name == STATE_FILE:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write(path, data, written)
 
-    monkeypatch.setattr(checkpoints, "_write", write_until_full)
+    monkeypatch.setattr(checkpoint_writers, "_write", write_until_full)
     writer.save(learner, _progress(0.9, 0.5))
     fake_ray.wait()
     assert [str(error) for error in fake_ray.errors] == [
