@@ -13,10 +13,18 @@ _POLL_S = 0.5
 
 @ray.remote(num_cpus=0)
 class ProgressLog:
-    """Keeps the records that are added, in order, and one wish: to stop."""
+    """Keeps the records that are added, in order, one wish: to stop, and how many epochs may be trained for now.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    allowed : int or None
+        See `allow`; None for as many as are due.
+    """
+
+    def __init__(self, allowed: int | None = None) -> None:
         self._records: list[dict[str, Any]] = []
+        self._allowed = allowed
+        self._asked = asyncio.Condition()
         self._stop = asyncio.Event()
         self._heard = False
 
@@ -28,10 +36,24 @@ class ProgressLog:
         """Return the records from index `start` on."""
         return self._records[start:]
 
-    def request_stop(self) -> bool:
-        """Let `stop_requested` return; tell whether any worker that still trains has called it."""
+    async def request_stop(self) -> bool:
+        """Let `stop_requested` and `allowed` return; tell whether any worker that still trains has called the former."""
         self._stop.set()
+        async with self._asked:
+            self._asked.notify_all()
         return self._heard
+
+    async def allow(self, epochs: int) -> None:
+        """Let so many epochs of the run be trained."""
+        async with self._asked:
+            self._allowed = epochs
+            self._asked.notify_all()
+
+    async def allowed(self, epochs_done: int) -> bool:
+        """Return True once another epoch may be trained after so many, False once a stop is requested."""
+        async with self._asked:
+            await self._asked.wait_for(lambda: self._allowed is None or self._allowed > epochs_done or self._stop.is_set())
+            return not self._stop.is_set()
 
     def workers_ended(self) -> None:
         """Note that nobody listens any more, until workers that start anew do."""

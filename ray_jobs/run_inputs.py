@@ -212,6 +212,8 @@ class Loop:
         A ProgressLog.
     checkpoint_interval_s : float or None
         None for no checkpoints within an epoch.
+    waits : bool
+        Whether to ask the log after each epoch for leave to train another one.
     """
 
     config: TrainConfig
@@ -221,3 +223,4 @@ class Loop:
     initial: Any
     log: Any = None
     checkpoint_interval_s: float | None = None
+    waits: bool = False

@@ -88,6 +88,11 @@ class Wishes:
         self._asks = log.stop_requested.remote() if rank == 0 and log is not None else None
         self._interval_s = interval_s if rank == 0 else None
         self._asked = self._saved = time.monotonic()
+        self._stops = False
+
+    def stop(self) -> None:
+        """A stop was heard of elsewhere."""
+        self._stops = True
 
     def saved(self) -> None:
         """A checkpoint has been made."""
@@ -96,6 +101,8 @@ class Wishes:
     def __call__(self) -> Wish:
         """Return the wish; costs next to nothing."""
         now = time.monotonic()
+        if self._stops:
+            return Wish.STOP
         if self._asks is not None and now - self._asked >= _ASK_EVERY_S:
             self._asked = now
             if self._stop_requested():

@@ -69,9 +69,20 @@ def train_loop_per_worker(given: dict[str, Loop]) -> dict[str, str] | None:
         writer.save(learner, now)
         wishes.saved()
 
+    def wait_for_leave(now: Progress) -> None:
+        # The others wait in the collective call that follows.
+        if loop.waits and group.rank == 0 and not now.is_over(config) and not ray.get(loop.log.allowed.remote(now.epochs_done)):
+            wishes.stop()
+
+    def epoch_done(now: Progress) -> None:
+        checkpoint(now)
+        wait_for_leave(now)
+
+    if progress.history and progress.partial is None:
+        wait_for_leave(progress)
     source = loop.rows.source(config, group.device)
     try:
-        hooks = Hooks(checkpoint, wishes, checkpoint)
+        hooks = Hooks(epoch_done, wishes, checkpoint)
         features = FeatureStore(loop.folder / FEATURES_FOLDER, config.feature_cache_gib * 2**30)
         return ended(lambda: train_epochs(learner, source, loop.rows.validation(config), config, progress, hooks, group, features))
     finally:

@@ -33,12 +33,13 @@ def make_trainer(
     use_gpu: bool,
     log: Any = None,
     checkpoint_interval_s: float | None = None,
+    waits: bool = False,
     callbacks: Sequence[Any] = (),
 ) -> Any:
     """Return a TorchTrainer whose run lies in `folder`; `.fit()` resumes a run that lies there already.
 
     `run_id` is that of the folder's request, `initial` a reference to `initial_weights` or, for a run that is resumed, None, `log` a ProgressLog
-    actor or None; `callbacks` are Ray Train's.
+    actor or None; `waits` as in `Loop`; `callbacks` are Ray Train's.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -49,7 +50,7 @@ def make_trainer(
     start_failures = _ELASTIC_START_FAILURES if is_elastic(config) else _START_FAILURES
     return TorchTrainer(
         train_loop_per_worker,
-        train_loop_config={"loop": Loop(config, folder, run_id, rows, initial, log, checkpoint_interval_s)},
+        train_loop_config={"loop": Loop(config, folder, run_id, rows, initial, log, checkpoint_interval_s, waits)},
         scaling_config=ScalingConfig(
             num_workers=config.workers, use_gpu=use_gpu, resources_per_worker=resources, elastic_resize_monitor_interval_s=_RESIZE_CHECK_S
         ),

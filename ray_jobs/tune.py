@@ -41,7 +41,7 @@ from sentinode.dataset import PreparedDataset
 from sentinode.errors import ConfigError, StoppedError, TrainingError, UsageError
 from sentinode.search.journal import Journal, TrialRecord
 from sentinode.search.point_sources import PointSource, point_source
-from sentinode.search.warm_start import warm_start
+from sentinode.search.warm_start import kept_warm_start, warm_start
 from sentinode.storage import exclusive, local_path, remove_any, write_json, write_text_atomic
 
 
@@ -93,7 +93,7 @@ def tune(config: SweepConfig, data: str | Path, out: str | Path, *, verbose: boo
         if finished is not None:
             return TuneResult(finished, journal.trials, standings(journal.trials, config), already_complete=True)
         folds = _folds(config, dataset)
-        started = warm_start(config, dataset.manifest.fingerprint)
+        started = kept_warm_start(folder) or warm_start(config, dataset.manifest.fingerprint)
         source = point_source(config, started.first, started.known)
         notes = [*_warnings(config, base), *started.notes]
         # Weights that cannot be had are wrong use, found here in a second.
@@ -106,6 +106,7 @@ def tune(config: SweepConfig, data: str | Path, out: str | Path, *, verbose: boo
             use_gpu = resolve_gpus(base, config.workers_per_trial, begun, "tune (one trial)", config.gpus_per_worker)
             rows = _load_rows(dataset, base, folds)
             sweep = _Sweep(config, base, dataset, folder, request.claim(), rows, initial, journal, use_gpu)
+            started.keep(folder)
             _search(sweep, source, verbose=verbose)
             remove_any(folder / FEATURES_FOLDER)
             bundle = _finish(sweep, notes)

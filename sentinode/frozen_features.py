@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +122,19 @@ class FeatureStore:
     def _path(self, key: str, dtype: torch.dtype) -> Path:
         return self._folder / f"{key}.{str(dtype).removeprefix('torch.')}.npy"
 
+    def _taken_bytes(self) -> int:
+        """Return the size of all files, also of those that others are computing."""
+        taken = 0
+        for path in self._folder.iterdir():
+            with suppress(FileNotFoundError):  # done, or given up, since it was listed
+                taken += path.stat().st_size
+        return taken
+
     def _make(self, key: str, rows: int, outputs: Iterator[torch.Tensor]) -> Features | None:
         first = next(outputs)
         stored = _STORED[first.dtype]
         needed = rows * first[0].numel() * stored.itemsize
-        if needed + sum(path.stat().st_size for path in self._folder.glob("*.npy")) > self._limit_bytes:
+        if needed + self._taken_bytes() > self._limit_bytes:
             return None
         path = self._path(key, first.dtype)
         temporary = temporary_name(path)

@@ -6,7 +6,7 @@ and the rule that stops trials are told again what happened, in the order in whi
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from sentinode.search.point_sources import Outcome, PointSource
 
 # How long the end of a sweep waits for checkpoints that trials have begun to write, before it has them made again.
 _WRITE_S = 60.0
-# How often it is looked for them.
-_LOOK_S = 1.0
+# How often it is looked for them, at most; and when nothing else is left to be done.
+_LOOK_S, _LAST_LOOKS_S = 1.0, 0.05
 
 
 class Course:
@@ -88,27 +88,26 @@ class Course:
         self._unfinished = [trial for trial in journal.trials if trial.status == "running" or trial.number in self._made_again]
 
     def _replay(self) -> None:
-        """Tell source and rule what the journal knows, in the order in which it happened."""
-        happened: list[tuple[float, int, Callable[[], None]]] = []
-        for trial in self._journal.trials:
+        """Tell source and rule what they were told of in the journal's lifetime, in its order."""
+        told = dict.fromkeys(range(len(self._journal.trials)), 0)
+        for event, number in list(self._journal.events):
+            trial = self._journal.trials[number]
             if trial.kind != "search":
                 continue
-            happened.append((trial.begun_at, trial.number, lambda trial=trial: self._source.begun(trial.number, trial.point)))  # type: ignore[misc]
-            for count, record in enumerate(trial.epochs, start=1):
-                happened.append((record["at"], trial.number, lambda trial=trial, count=count: self._replay_epoch(trial, count)))  # type: ignore[misc]
-            if trial.ended_at is not None:
-                happened.append((trial.ended_at, trial.number, lambda trial=trial: self._tell_source(trial)))  # type: ignore[misc]
-        # Stable: what happened in the same millisecond stays in the order of the journal.
-        for _, _, tell in sorted(happened, key=lambda one: one[0]):
-            tell()
+            if event == "begin":
+                self._source.begun(number, trial.point)
+            elif event == "epoch":
+                told[number] += 1
+                self._replay_epoch(trial, told[number])
+            elif event == "end":
+                self._tell_source(trial)
 
     def _replay_epoch(self, trial: TrialRecord, count: int) -> None:
-        known = TrialRecord(trial.number, "search", None, trial.seed, trial.origin, trial.point, trial.begun_at, epochs=trial.epochs[:count])
-        following = trial.epochs[count]["fold"] if count < len(trial.epochs) else None
-        fold_over = self._folds is not None and (following != known.epochs[-1]["fold"] if count < len(trial.epochs) else trial.status != "running")
-        if not self._goes_on(known, fold_over=fold_over) and trial.status == "running" and count == len(trial.epochs):
+        so_far = replace(trial, epochs=trial.epochs[:count])
+        goes_on = not so_far.epochs[-1]["last"] and self._goes_on(so_far)
+        if trial.status == "running" and count == len(trial.epochs) and not goes_on:
             # Killed between the decision and its record.
-            self._journal.end(trial.number, "stopped")
+            self._journal.end(trial.number, "finished" if trial.epochs[-1]["last"] else "stopped")
             self._tell_source(trial)
 
     def next_job(self) -> Job | None:
@@ -135,9 +134,10 @@ class Course:
         self._progress.begun(trial, running=len(self._live))
         if trial.status == "running":
             return Job.of(trial)
-        # Let it tell again what its checkpoints lack.
+        # Let it tell again what its checkpoints lack, at least the last epoch: it is not to train another one.
         saved = {fold: min(count, epochs_saved(trial_folder(self._folder, trial.number, fold))) for fold, count in trial.told.items()}
-        return replace(Job.of(trial), told=saved)
+        last = trial.epochs[-1]["fold"]
+        return replace(Job.of(trial), told=saved | {last: min(saved[last], trial.told[last] - 1)})
 
     def _next_trial(self) -> TrialRecord | None:
         # Now, not at the end: whole checkpoints of all trials would fill a disk.
@@ -153,8 +153,13 @@ class Course:
         for trial, seed in self._wanted_repeats():
             if not any((other.repeats, other.seed) == (trial.number, seed) for other in self._journal.trials):
                 return self._journal.begin(trial.point, kind="repeat", origin="repeat", seed=seed, repeats=trial.number)
-        if self._live or not self._all_settled():
+        if self._live:
             return None
+        while not self.stopping and not self._all_settled():
+            # Here, since nothing else is to be done and Tune would look a second later only.
+            time.sleep(_LAST_LOOKS_S)
+            self._looked = float("-inf")
+            self.settle()
         if lost := [trial for trial in self._unsettled() if trial.number not in self._made_again]:
             # With the process that was writing it.
             self._made_again |= {trial.number for trial in lost}
@@ -164,8 +169,11 @@ class Course:
         raise StopIteration
 
     def _wanted_repeats(self) -> list[tuple[TrialRecord, int]]:
-        """Return (trial, seed) of all repeats, seed by seed, so that a sweep that is cut short has as many of one trial as of another."""
-        ranked = rank([trial for trial in self._journal.trials if trial.kind == "search" and trial.status != "failed"], self._config.metric)
+        """Return (trial, seed) of all repeats, seed by seed, so that a sweep that is cut short has as many of one trial as of another.
+
+        Only trials that were trained to their end: a repeat is, and the figure of half a training beside it would say nothing of seeds.
+        """
+        ranked = rank([trial for trial in self._journal.trials if trial.kind == "search" and trial.status == "finished"], self._config.metric)
         best = [trial for trial in ranked if trial.value(self._config.metric) is not None][: self._config.repeat_top]
         return [(trial, trial.seed + 1 + number) for number in range(self._config.repeats) for trial in best]
 
@@ -178,24 +186,28 @@ class Course:
                 self._starting.discard(number)
                 waited = time.time() - self._live[number] - record["seconds"] - record["val_seconds"]
                 self._journal.start(number, max(0.0, round(waited, 3)), result.get("gflops"))
-            if not self._journal.epoch(number, record, fold):
+            if self._journal.knows(number, record["epoch"], fold):
                 # Trained again; it was decided on then.
                 last = trial.epochs[-1]
                 return not result["last"] and (trial.status == "running" or (last["fold"], last["epoch"]) != (fold, record["epoch"]))
+            if trial.status != "running":
+                return False
+            self._journal.epoch(number, record, fold, fold_over=result["fold_over"], last=result["last"])
         except SentinodeError as error:
             self._break(error)
             return False
         self._trackers.epoch(trial, fold, record)
-        self._progress.epoch(trial, record, running=len(self._live))
-        if result["last"]:
+        self._progress.epoch(trial, running=len(self._live))
+        if result["last"] or self.broken:
             return False
-        return trial.kind == "repeat" or self._goes_on(trial, fold_over=result["fold_over"])
+        return trial.kind == "repeat" or self._goes_on(trial)
 
-    def _goes_on(self, trial: TrialRecord, *, fold_over: bool) -> bool:
+    def _goes_on(self, trial: TrialRecord) -> bool:
+        """Ask the rule about a trial whose last epoch is not the last that is due."""
         metric, last = self._config.metric, trial.epochs[-1]
         if self._folds is None:
             return self._rule.goes_on(trial.number, len(trial.epochs), last.get(metric), trial.value(metric))
-        if not fold_over:
+        if not last["fold_over"]:
             return True
         best = trial.best(metric, last["fold"])
         return self._rule.goes_on(trial.number, len(trial.folds), None if best is None else best[metric], trial.value(metric))
@@ -248,7 +260,7 @@ class Course:
         return [trial for trial in self._journal.trials if trial.status in ("finished", "stopped") and trial.number not in self._settled]
 
     def settle(self) -> None:
-        """Keep of each ended trial whose last checkpoint is on the disk the weights of its best epoch. Looks once a second at most."""
+        """Keep of each ended trial whose last checkpoint is on the disk the weights of its best epoch."""
         now = time.monotonic()
         if now - self._looked < _LOOK_S:
             return

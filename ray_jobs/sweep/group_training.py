@@ -26,7 +26,8 @@ _END_WAIT_S = 120.0
 class GroupTraining:
     """As LoneTraining, with `config.workers` workers.
 
-    They end in order, also where the trial is stopped: left to Ray, they would be found orphaned, and ended, some seconds after it.
+    They begin an epoch when it is asked for, so that a trial that is stopped has trained none in vain. They end in order, also where the trial is
+    stopped: left to Ray, they would be found orphaned, and ended, some seconds after it.
 
     Parameters
     ----------
@@ -47,34 +48,40 @@ class GroupTraining:
         log: Any = None,
         told: int = 0,
     ) -> None:
-        from ray_jobs.train_callback import TellDriver, TellOfWaiting
-
         _, last = best_and_last(folder)
-        self._config, self._folder, self._told = config, folder, told
+        self._config, self._folder, self._run_id = config, folder, run_id
+        self._rows, self._initial, self._use_gpu = rows, None if last is not None else initial, use_gpu
         self._history: list[dict[str, Any]] = [] if last is None else last.progress.history
         self._progress = last.progress if last is not None else Progress()
+        self._told = told = min(told, len(self._history))
         self._stops = log.stop_requested.remote() if log is not None else None
-        self._log = ProgressLog.remote()  # type: ignore[attr-defined]
+        self._log = ProgressLog.remote(told + 1)  # type: ignore[attr-defined]
         self._seen = 0
         self._ready: deque[dict[str, Any]] = deque(self._history[told:])
         self._outcome: dict[str, str] | None = None
         self._error: BaseException | None = None
-        self._stopping = False
+        self._stopping = self._ended = False
         self._thread: threading.Thread | None = None
-        if not (self._history and self._progress.is_over(config)):
-            trainer = make_trainer(
-                config,
-                folder,
-                run_id,
-                rows,
-                ray.put(initial()) if last is None else None,
-                use_gpu=use_gpu,
-                log=self._log,
-                checkpoint_interval_s=checkpoint_interval_s(config),
-                callbacks=[TellDriver(self._log, config.max_failures), TellOfWaiting(self._log, room_text(config, use_gpu=use_gpu))],
-            )
-            self._thread = threading.Thread(target=self._fit, args=(trainer,), name="trainer", daemon=True)
-            self._thread.start()
+
+    def _start(self) -> threading.Thread:
+        from ray_jobs.train_callback import TellDriver, TellOfWaiting
+
+        config = self._config
+        trainer = make_trainer(
+            config,
+            self._folder,
+            self._run_id,
+            self._rows,
+            ray.put(self._initial()) if self._initial is not None else None,
+            use_gpu=self._use_gpu,
+            log=self._log,
+            checkpoint_interval_s=checkpoint_interval_s(config),
+            waits=True,
+            callbacks=[TellDriver(self._log, config.max_failures), TellOfWaiting(self._log, room_text(config, use_gpu=self._use_gpu))],
+        )
+        self._thread = threading.Thread(target=self._fit, args=(trainer,), name="trainer", daemon=True)
+        self._thread.start()
+        return self._thread
 
     def _fit(self, trainer: Any) -> None:
         try:
@@ -85,18 +92,20 @@ class GroupTraining:
     def next_epoch(self) -> dict[str, Any] | None:
         """Wait for an epoch whose checkpoint is safe and return its record; None where none is left. Raises as LoneTraining, and UsageError."""
         while not self._ready:
-            if self._thread is None:
+            if self._ended or (self._thread is None and self._history and self._progress.is_over(self._config)):
                 return None
+            thread = self._thread or self._start()
+            ray.get(self._log.allow.remote(self._told + 1))
             # In this order: what a thread that has ended told is there.
-            ended = not self._thread.is_alive()
+            ended = not thread.is_alive()
             self._collect()
             if self._ready:
                 break
             if ended:
-                self._thread = None
+                self._thread, self._ended = None, True
                 self._check()
                 return None
-            self._thread.join(_POLL_S)
+            thread.join(_POLL_S)
             if self._stops is not None and not self._stopping and ray.wait([self._stops], timeout=0)[0]:
                 self._stop()
         self._told += 1

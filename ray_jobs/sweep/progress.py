@@ -1,7 +1,6 @@
 """What the terminal shows of a sweep while it runs."""
 
 from collections.abc import Callable
-from typing import Any
 
 from ray_jobs.sweep.table import describe_point
 from ray_jobs.verb import duration_text
@@ -40,13 +39,14 @@ class SweepProgress:
         why = {"repeat": f", seed {trial.seed} for trial {trial.repeats or 0:05d}"}.get(trial.kind, "")
         self._say(f"trial {trial.name} {what}: {describe_point(trial.point)}{why}")
 
-    def epoch(self, trial: TrialRecord, record: dict[str, Any], running: int) -> None:
-        """Show an epoch."""
+    def epoch(self, trial: TrialRecord, running: int) -> None:
+        """Show the epoch that a trial told of last."""
+        record = trial.epochs[-1]
         value = record.get(self._metric)
-        fold = "" if record.get("fold") is None else f"fold {record['fold']}, "
-        best = rank([other for other in self._journal.trials if other.kind == "search"], self._metric)[0]
-        best_value = best.value(self._metric)
-        standing = "" if best_value is None else f", best so far {best_value:.4f}" + ("" if best is trial else f" by {best.name}")
+        fold = "" if record["fold"] is None else f"fold {record['fold']}, "
+        best = next(iter(rank([other for other in self._journal.trials if other.kind == "search" and other.status != "failed"], self._metric)), None)
+        best_value = None if best is None else best.value(self._metric)
+        standing = "" if best is None or best_value is None else f", best so far {best_value:.4f}" + ("" if best is trial else f" by {best.name}")
         self._say(
             f"trial {trial.name} {fold}epoch {record['epoch'] + 1}: {self._metric} {'-' if value is None else format(value, '.4f')}{standing}"
             f"  [{self.standing(running)}]"

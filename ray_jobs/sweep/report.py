@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from markupsafe import Markup
+from pydantic import ValidationError
 
 from ray_jobs.sweep import charts
 from ray_jobs.sweep.importance import FEWEST_TRIALS, TRUSTED_TRIALS, Importance, importances, place_of
@@ -129,7 +130,11 @@ def _row(trial: TrialRecord, config: SweepConfig) -> dict[str, Any]:
 
 
 def _planned_epochs(trial: TrialRecord, config: SweepConfig) -> int:
-    return config.train_config(trial.point).epochs
+    try:
+        return config.train_config(trial.point).epochs
+    except ValidationError:
+        # It failed for that, and has trained nothing.
+        return 0
 
 
 def _planned_steps(trial: TrialRecord, config: SweepConfig, facts: SweepFacts) -> float:

@@ -37,6 +37,7 @@ class Rule:
     def __init__(self, config: SweepConfig, units: int) -> None:
         scheduler = config.scheduler
         self._trials: dict[int, _Numbered] = {}
+        self._stopped: set[int] = set()
         self._inner: Any = None
         # Halving compares what trials would be ranked by; the median rule has Ray's own way to sum up a trial's past.
         self._takes_best = scheduler.kind == "asha"
@@ -63,10 +64,14 @@ class Rule:
             The metric of the last unit, and what the trial would be ranked by now.
         """
         told = best if self._takes_best else value
+        if number in self._stopped:
+            return False
         if self._inner is None or told is None:
             return True
         if number not in self._trials:
             self._trials[number] = _Numbered(f"{number:05d}")
             self._inner.on_trial_add(None, self._trials[number])
         decision = self._inner.on_trial_result(_Nobody(), self._trials[number], {_TIME: units_done, _VALUE: told})
-        return bool(decision != TrialScheduler.STOP)
+        if decision == TrialScheduler.STOP:
+            self._stopped.add(number)
+        return number not in self._stopped

@@ -114,12 +114,16 @@ class Trial(Trainable):  # type: ignore[misc]
         self._shared = shared
         self._training: LoneTraining | GroupTraining | None = None
         # Rows that a point of the space asks for, which are not those of the base.
-        self._other_rows: dict[tuple[Any, ...], LoadedRows] = {}
+        self._other_rows: tuple[tuple[Any, ...], LoadedRows] | None = None
+        self._left_over: Exception | None = None
         self._take(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next trial into this process."""
-        self.cleanup()
+        """Take the next trial into this process; what goes wrong with the end of the one before, its first step tells: Tune would fail this one."""
+        try:
+            self.cleanup()
+        except Exception as error:
+            self._left_over = error
         self._take(new_config)
         return True
 
@@ -136,8 +140,10 @@ class Trial(Trainable):  # type: ignore[misc]
         self._gflops: float | None = None
 
     def step(self) -> dict[str, Any]:
-        """Train an epoch. An error is told, not raised: what Tune hears of by an exception it tries again."""
+        """Train an epoch. An error is told, not raised: what Tune hears of by an exception it tries again, in another process."""
         try:
+            if self._left_over is not None:
+                raise self._left_over
             return self._epoch()
         except Interrupted:
             return {"done": True, "interrupted": True}
@@ -145,6 +151,9 @@ class Trial(Trainable):  # type: ignore[misc]
             return {"done": True, "broken": one_line(error)}
         except Exception as error:
             root = root_of(error)
+            if self._left_over is not None or isinstance(root, torch.AcceleratorError):
+                # The process is not fit for any trial: after such an error every call of CUDA fails.
+                raise
             line = one_line(root)
             return {"done": True, "failed": line if isinstance(root, SentinodeError) else f"{type(root).__name__}: {line}"}
 
@@ -187,9 +196,11 @@ class Trial(Trainable):  # type: ignore[misc]
         key = rows_key(config)
         if fold is not None or key == rows_key(self._shared.base):
             return self._shared.rows[fold]
-        if key not in self._other_rows:
-            self._other_rows[key] = load_rows(self._shared.dataset, config)
-        return self._other_rows[key]
+        if self._other_rows is None or self._other_rows[0] != key:
+            # One at a time: they are as large as the data set.
+            self._other_rows = None
+            self._other_rows = key, load_rows(self._shared.dataset, config)
+        return self._other_rows[1]
 
     def _initial(self, config: TrainConfig) -> Callable[[], dict[str, torch.Tensor]]:
         shared = self._shared

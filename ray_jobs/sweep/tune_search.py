@@ -113,11 +113,13 @@ def tune_search(course: Course, shared: Shared, *, gpus: float, max_failures: in
     # Several workers get their own resources from Ray Train.
     own = {"CPU": DRIVER_CPUS} if workers > 1 else {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     trainable = tune.with_resources(tune.with_parameters(Trial, shared=shared), tune.PlacementGroupFactory([own]))
+    # A process that drives workers is ended with its trial, and they with it; kept for another one it would keep them for as long as none comes.
+    reuse = workers == 1
     # What Tune writes down is not read again, so it need not be where every node sees it.
     with tempfile.TemporaryDirectory(prefix="sentinode-tune-") as scratch, signal_handlers_kept():
         tuner = tune.Tuner(
             trainable,
-            tune_config=tune.TuneConfig(num_samples=-1, search_alg=_Points(course), scheduler=_Decisions(course), reuse_actors=True),
+            tune_config=tune.TuneConfig(num_samples=-1, search_alg=_Points(course), scheduler=_Decisions(course), reuse_actors=reuse),
             run_config=tune.RunConfig(
                 name="sweep",
                 storage_path=scratch,

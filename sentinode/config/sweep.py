@@ -212,6 +212,8 @@ class SweepConfig(Config):
             wrong, right = ("grace_period_epochs", "grace_period_folds") if self.folds is not None else ("grace_period_folds", "grace_period_epochs")
             if wrong in self.scheduler.model_fields_set and getattr(self.scheduler, wrong) != 1:
                 raise ValueError(f"scheduler.{wrong}: {'with' if self.folds is not None else 'without'} folds set {right}")
+        if self.cost == "train_seconds" and not isinstance(self.scheduler, NoScheduler):
+            raise ValueError("cost train_seconds: trials that a scheduler stops would count as cheap; use scheduler none, or cost gflops")
         if self.gpus_per_worker < 1 and self.workers_per_trial > 1:
             raise ValueError(f"gpus_per_worker: got {self.gpus_per_worker:g}, but NCCL takes no device twice: several workers need a whole one each")
         if self.repeats and "seed" in self.space:

@@ -2,7 +2,7 @@
 
     {"event": "begin", "trial": 3, "kind": "search", "repeats": null, "seed": 42, "origin": "random", "point": {…}, "at": 1764…}
     {"event": "start", "trial": 3, "seconds": 2.1, "gflops": 1.34, "at": …}     it trains, or goes on, after so long a preparation
-    {"event": "epoch", "trial": 3, "fold": null, "record": {…}, "at": …}        an epoch whose checkpoint is safe
+    {"event": "epoch", "trial": 3, "fold": null, "fold_over": false, "last": false, "record": {…}, "at": …}
     {"event": "end",   "trial": 3, "status": "stopped", "error": null, "at": …}
 
 Everything else about a sweep is made from it: where an interrupted one goes on, trials.csv, the report. A line that a kill or a full disk left torn
@@ -54,7 +54,8 @@ class TrialRecord:
         Unix time in s.
     epochs : list of dict
         One record per epoch in order of happening: those of `sentinode.training.Progress.history` (epoch, depth, train_loss, val_loss, val_roc_auc,
-        learning_rate, rows, seconds, val_seconds) and `fold` (None without folds), `at` (unix time in s when it was reported).
+        learning_rate, rows, seconds, val_seconds) and `fold` (None without folds), `at` (unix time in s when it was reported), `fold_over` and `last`
+        (whether none of the fold, of the trial, was due after it).
     starts : list of dict
         One for each time that it started: `seconds` until its first step, and `gflops` of one patch through its network.
     """
@@ -142,6 +143,13 @@ class Journal:
     ----------
     folder : Path
 
+    Attributes
+    ----------
+    trials : list of TrialRecord
+        By number.
+    events : list of (str, int)
+        What happened, to which trial, in the order in which it did; clocks may have been set back.
+
     Raises
     ------
     ManifestError
@@ -153,6 +161,7 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.path = folder / JOURNAL_FILE
         self.trials: list[TrialRecord] = []
+        self.events: list[tuple[str, int]] = []
         for event in self._read():
             self._take(event)
 
@@ -166,13 +175,13 @@ class Journal:
         """Note that a trial trains from now on, after `seconds` of preparation."""
         self._add({"event": "start", "trial": number, "seconds": seconds, "gflops": gflops})
 
-    def epoch(self, number: int, record: Mapping[str, Any], fold: int | None = None) -> bool:
-        """Note an epoch; False for one that is known already, which is passed over."""
-        known = {(record["fold"], record["epoch"]) for record in self.trials[number].epochs}
-        if (fold, record["epoch"]) in known:
-            return False
-        self._add({"event": "epoch", "trial": number, "fold": fold, "record": dict(record)})
-        return True
+    def epoch(self, number: int, record: Mapping[str, Any], fold: int | None = None, *, fold_over: bool = False, last: bool = False) -> None:
+        """Note an epoch, and whether none of the fold, of the trial, is due after it."""
+        self._add({"event": "epoch", "trial": number, "fold": fold, "fold_over": fold_over, "last": last, "record": dict(record)})
+
+    def knows(self, number: int, epoch: int, fold: int | None) -> bool:
+        """Tell whether an epoch has been noted."""
+        return any((record["fold"], record["epoch"]) == (fold, epoch) for record in self.trials[number].epochs)
 
     def end(self, number: int, status: Status, error: str | None = None) -> None:
         """Note how a trial ended."""
@@ -203,16 +212,19 @@ class Journal:
                 raise ManifestError(f"{self.path}: trial {number} begins after {len(self.trials)} trials; restore the file, or use another --out")
             fields = {name: event[name] for name in ("kind", "repeats", "seed", "origin", "point")}
             self.trials.append(TrialRecord(number, **fields, begun_at=event["at"]))
+            self.events.append((kind, number))
             return
         if kind == "resume":
             return
         if not 0 <= number < len(self.trials):
             raise ManifestError(f"{self.path}: trial {number} never began; restore the file, or use another --out")
         trial = self.trials[number]
+        self.events.append((kind, number))
         if kind == "start":
             trial.starts.append({"seconds": event["seconds"], "gflops": event["gflops"]})
         elif kind == "epoch":
-            trial.epochs.append({**event["record"], "fold": event["fold"], "at": event["at"]})
+            ends = {name: bool(event.get(name)) for name in ("fold_over", "last")}
+            trial.epochs.append({**event["record"], "fold": event["fold"], "at": event["at"], **ends})
         elif kind == "end":
             trial.status, trial.error, trial.ended_at = event["status"], event["error"], event["at"]
 

@@ -98,7 +98,12 @@ class ListedPoints:
     def __init__(self, config: SweepConfig, first: Sequence[Point]) -> None:
         self._config, self._first = config, list(first)
         self._grid = [point for point in grid_points(config) if point not in self._first] if config.searcher == "grid" else None
-        self.total = len(self._first) + len(self._grid) if self._grid is not None else max(number_of_points(config), len(self._first))
+        if self._grid is not None:
+            self.total = len(self._first) + len(self._grid)
+        else:
+            # What stands in the way of `trials` points are those tried first, but each combination of grid entries has its own.
+            drawn = number_of_points(config)
+            self.total = len(self._first) + drawn if len(config.combinations) > 1 else max(drawn, len(self._first))
 
     def ask(self, number: int) -> tuple[Point, str] | None:
         """Return the point of a trial; what was told does not matter."""
@@ -109,7 +114,7 @@ class ListedPoints:
         if self._grid is not None:
             return dict(self._grid[number - len(self._first)]), "grid"
         try:
-            return random_point(self._config, number), "random"
+            return random_point(self._config, number - (len(self._first) if len(self._config.combinations) > 1 else 0)), "random"
         except ValueError as error:
             raise ConfigError(str(error)) from error
 

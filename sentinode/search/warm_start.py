@@ -1,7 +1,7 @@
 """What a sweep takes from earlier ones: points to try first, and outcomes to learn from."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from sentinode.errors import ConfigError, ManifestError
 from sentinode.search.journal import Journal, rank
 from sentinode.search.point_sources import Outcome
 from sentinode.search.space import Point, problem
-from sentinode.storage import local_path
+from sentinode.storage import local_path, write_json
 
 _REQUEST_FILE = "request.json"
+_TAKEN_FILE = "warm_start.json"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,24 @@ class WarmStart:
     first: list[Point] = field(default_factory=list)
     known: list[tuple[Point, Outcome]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def keep(self, folder: Path) -> None:
+        """Write it into a sweep's folder: the sweep goes on with it, whatever becomes of what it was read from."""
+        if not (folder / _TAKEN_FILE).exists():
+            write_json(folder / _TAKEN_FILE, asdict(self))
+
+
+def kept_warm_start(folder: Path) -> WarmStart | None:
+    """Return what `WarmStart.keep` wrote, None where nothing is; raises ManifestError where it is damaged."""
+    path = folder / _TAKEN_FILE
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        known = [(point, Outcome(**outcome | {"by_step": tuple(outcome["by_step"])})) for point, outcome in kept["known"]]
+        return WarmStart(kept["first"], known, kept["notes"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ManifestError(f"{path}: cannot be read; restore the file, or use another --out") from error
 
 
 def warm_start(config: SweepConfig, data_fingerprint: str) -> WarmStart:

@@ -145,6 +145,8 @@ def test_trials_with_two_workers_end_in_order_when_they_are_stopped(
     result = tune(config, dataset.path, tmp_path / "sweep")
     assert [(trial.status, len(trial.epochs)) for trial in Journal(tmp_path / "sweep").trials] == [("finished", 3), ("stopped", 1)]
     assert result.bundle.manifest.training_config["workers"] == 2
+    # Stopped at its first epoch, it has begun no second one.
+    assert [path.name.split("_")[1] for path in (tmp_path / "sweep" / "trials" / "00001").glob("checkpoint_*/")] == ["000001"]
 
 
 @pytest.mark.ray

@@ -191,6 +191,10 @@ SPACES = {
         ({"space": SPACE, "folds": "all", "base": {"fold": 0}}, "base.fold: set folds or fold, not both"),
         ({"space": {"fold": {"choice": [0, 1]}}, "folds": "all"}, "space.fold: set folds or fold, not both"),
         ({"space": SPACE, "gpus_per_worker": 0.5, "workers_per_trial": 2}, "gpus_per_worker: got 0.5, but NCCL takes no device twice"),
+        (
+            {"space": SPACE, "cost": "train_seconds", "scheduler": {"kind": "asha"}},
+            "cost train_seconds: trials that a scheduler stops would count as",
+        ),
         ({"space": SPACE, "gpus_per_worker": 2}, "gpus_per_worker: got 2, input should be less than or equal to 1"),
         ({"space": {"seed": {"choice": [1, 2]}}, "repeats": 1}, "repeats: further seeds mean nothing where seed is in space"),
         ({"space": SPACE, "searcher": "tpe"}, "searcher: got 'tpe'"),

@@ -29,6 +29,7 @@ def everything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(course_module, "is_settled", lambda folder, epochs: True)
     monkeypatch.setattr(course_module, "keep_weights_only", lambda folder: None)
     monkeypatch.setattr(course_module, "_LOOK_S", 0)
+    monkeypatch.setattr(course_module, "_LAST_LOOKS_S", 0)
 
 
 def course_of(folder: Path, said: list[str] | None = None, limit: int = 1, folds: list[int] | None = None, **changes: Any) -> Course:
@@ -214,3 +215,72 @@ def test_the_terminal_tells_how_far_the_sweep_is(tmp_path: Path) -> None:
     assert said[1].startswith("trial 00000 epoch 1: val_roc_auc 0.7000, best so far 0.7000  [1 running, 0 of 3 done, about ")
     assert "val_roc_auc 0.6000, best so far 0.8300 by 00001" in said[-2]
     assert said[-1].startswith("trial 00002 stopped early, after epoch 1 of 4  [0 running, 3 of 3 done, 1 of them stopped early")
+
+
+MEDIAN = {"scheduler": {"kind": "median", "grace_period_epochs": 2, "min_trials": 2}, "space": {"learning_rate": {"grid": [1e-4, 1e-3, 1e-2, 1e-1]}}}
+# Of different lengths, as early stopping makes them; the last is stopped after two epochs.
+UNEVEN = {1e-4: [0.9, 0.9], 1e-3: [0.8] * 5, 1e-2: [0.7, 0.85, 0.85, 0.85], 1e-1: [0.1] * 5}
+
+
+@pytest.mark.parametrize("scheduler", [MEDIAN, ASHA | {"space": MEDIAN["space"]}])
+def test_trials_of_different_lengths_are_judged_alike_whenever_the_sweep_was_killed(tmp_path: Path, scheduler: dict[str, Any]) -> None:
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    play(course_of(whole, **scheduler), UNEVEN, 4)
+    expected = [(trial.status, len(trial.epochs)) for trial in Journal(whole).trials]
+    assert {status for status, _ in expected} == {"finished", "stopped"}
+    text = (whole / "trials.jsonl").read_bytes().splitlines(keepends=True)
+    for lines in range(1, len(text) + 1):
+        killed = tmp_path / f"{lines}"
+        killed.mkdir()
+        (killed / "trials.jsonl").write_bytes(b"".join(text[:lines]))
+        course = course_of(killed, **scheduler)
+        play(course, UNEVEN, 4 - sum(trial.status != "running" for trial in course._journal.trials))
+        assert [(trial.status, len(trial.epochs)) for trial in Journal(killed).trials] == expected, lines
+
+
+def test_a_trial_that_was_killed_after_its_last_epoch_is_finished_not_stopped(tmp_path: Path) -> None:
+    course = course_of(tmp_path, **ASHA)
+    job = course.next_job()
+    assert job is not None
+    course.hear(job.number, told(0, 0.1, last=True))
+    assert [trial.status for trial in course_of(tmp_path, **ASHA)._journal.trials] == ["finished"]
+
+
+def test_an_ended_trial_whose_checkpoints_are_whole_trains_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    play(course_of(tmp_path, **ASHA), CURVES, 3)
+    before = (tmp_path / "trials.jsonl").read_bytes()
+    # Whole, but not noted as such: killed between the two.
+    monkeypatch.setattr(course_module, "is_settled", lambda folder, epochs: folder.name != "00002")
+    monkeypatch.setattr(course_module, "epochs_saved", lambda folder: 1)
+    course = course_of(tmp_path, **ASHA)
+    job = course.next_job()
+    assert job is not None
+    assert (job.number, job.told) == (2, {None: 0})
+    assert not course.hear(2, told(0, 0.6))
+    # Nor is an epoch taken in that it was not to train.
+    assert not course.hear(2, told(1, 0.99))
+    course.ended(2, told(1, 0.99))
+    assert [trial.status for trial in Journal(tmp_path).trials] == ["finished", "finished", "stopped"]
+    assert (tmp_path / "trials.jsonl").read_bytes().count(b"0.99") == before.count(b"0.99") == 0
+
+
+def test_what_runs_ends_at_its_next_epoch_when_no_trial_can_go_on(tmp_path: Path) -> None:
+    course = course_of(tmp_path, limit=2)
+    first, second = course.next_job(), course.next_job()
+    assert first is not None
+    assert second is not None
+    assert course.hear(second.number, told(0, 0.7))
+    course.ended(first.number, {"done": True, "broken": "the disk is full"})
+    assert not course.hear(second.number, told(1, 0.8))
+    assert [len(trial.epochs) for trial in Journal(tmp_path).trials] == [0, 2]
+
+
+def test_only_what_was_trained_to_its_end_is_repeated(tmp_path: Path) -> None:
+    course = course_of(tmp_path, **ASHA, repeats=1, repeat_top=2)
+    # The last is stopped after an epoch that is better than all of the first's.
+    play(course, {1e-4: [0.5] * 4, 1e-3: [0.8] * 4, 1e-2: [0.6] * 4}, 3)
+    assert [trial.status for trial in Journal(tmp_path).trials] == ["finished", "finished", "stopped"]
+    again = play(course, {1e-4: [0.5] * 4, 1e-3: [0.8] * 4}, 2)
+    assert again == [(3, 4), (4, 4)]
+    assert [trial.repeats for trial in Journal(tmp_path).trials] == [None, None, None, 1, 0]

@@ -1,5 +1,6 @@
 """The journal of a sweep is all that is known of it: what was written is read, whatever a kill left at its end."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     first, second = begin(journal, learning_rate=1e-3), begin(journal, learning_rate=1e-4)
     journal.start(first.number, 1.5, 3.6)
-    assert journal.epoch(first.number, record(0, 0.7))
-    assert journal.epoch(second.number, record(0, 0.8))
-    assert journal.epoch(first.number, record(1, 0.9))
+    journal.epoch(first.number, record(0, 0.7))
+    journal.epoch(second.number, record(0, 0.8))
+    journal.epoch(first.number, record(1, 0.9))
     journal.end(first.number, "finished")
     journal.end(second.number, "failed", "a loss is not finite")
     again = Journal(tmp_path)
@@ -34,13 +35,24 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
     assert (again.trials[1].status, again.trials[1].error) == ("failed", "a loss is not finite")
 
 
-def test_an_epoch_that_is_told_twice_stands_there_once(tmp_path: Path) -> None:
+def test_an_epoch_is_known_by_its_fold_and_number(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     begin(journal)
-    assert journal.epoch(0, record(0, 0.7))
-    assert not journal.epoch(0, record(0, 0.7))
-    assert journal.epoch(0, record(0, 0.7), fold=1)
-    assert len(Journal(tmp_path).trials[0].epochs) == 2
+    journal.epoch(0, record(0, 0.7), fold=1, fold_over=True)
+    again = Journal(tmp_path)
+    assert (again.knows(0, 0, 1), again.knows(0, 0, None), again.knows(0, 1, 1)) == (True, False, False)
+    assert (again.trials[0].epochs[0]["fold_over"], again.trials[0].epochs[0]["last"]) == (True, False)
+
+
+def test_what_happened_keeps_its_order_though_clocks_do_not(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    begin(journal)
+    journal.epoch(0, record(0, 0.7))
+    begin(journal)
+    journal.end(0, "finished")
+    lines = [json.loads(line) for line in (tmp_path / JOURNAL_FILE).read_text().splitlines()]
+    (tmp_path / JOURNAL_FILE).write_text("".join(json.dumps(line | {"at": 100 - number}) + "\n" for number, line in enumerate(lines)))
+    assert Journal(tmp_path).events == journal.events == [("begin", 0), ("epoch", 0), ("begin", 1), ("end", 0)]
 
 
 def test_a_line_that_was_torn_at_any_byte_is_passed_over_and_the_sweep_goes_on(tmp_path: Path) -> None:
@@ -54,7 +66,8 @@ def test_a_line_that_was_torn_at_any_byte_is_passed_over_and_the_sweep_goes_on(t
         torn = Journal(tmp_path)
         # All but the end of the line is there: nothing is missing.
         assert len(torn.trials[0].epochs) == (1 if cut == len(whole) - 1 else 0)
-        torn.epoch(0, record(0, 0.7))
+        if not torn.knows(0, 0, None):
+            torn.epoch(0, record(0, 0.7))
         torn.epoch(0, record(1, 0.8))
         assert [one["epoch"] for one in Journal(tmp_path).trials[0].epochs] == [0, 1]
 

@@ -85,6 +85,12 @@ def test_random_draws_each_combination_of_grid_entries_equally_often() -> None:
     asked = [source.ask(number) for number in range(source.total)]
     assert [point["unfreeze_depth"] for point, _ in asked if point] == [0, 5] * 3  # type: ignore[misc]
     assert source.ask(6) is None
+    # Those tried first stand in the place of none.
+    first = [{"unfreeze_depth": 0, "learning_rate": 1e-3}]
+    source = point_source(config, first)
+    assert source.ask(0) == (first[0], "warm start")
+    assert [source.ask(number + 1)[0] for number in range(6)] == [point for point, _ in asked if point]  # type: ignore[index, misc]
+    assert source.ask(7) is None
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from sentinode.config import SweepConfig
-from sentinode.errors import ConfigError
+from sentinode.errors import ConfigError, ManifestError
 from sentinode.search.journal import Journal
 from sentinode.search.point_sources import point_source
-from sentinode.search.warm_start import warm_start
+from sentinode.search.warm_start import kept_warm_start, warm_start
 from sentinode.storage import write_json
 
 SPACE = {"learning_rate": {"loguniform": [1e-5, 1e-2]}, "unfreeze_depth": {"choice": [0, 1, 5]}}
@@ -54,6 +54,20 @@ def test_the_best_points_of_an_earlier_sweep_are_tried_first_and_optuna_learns_f
     source = point_source(config, started.first, started.known)
     assert source.ask(0) == (started.first[0], "warm start")
     assert source.ask(2) is not None
+
+
+def test_what_a_sweep_began_with_is_kept_whatever_becomes_of_where_it_was_from(tmp_path: Path) -> None:
+    folder, own = earlier(tmp_path / "sweep", sweep()), tmp_path / "own"
+    own.mkdir()
+    assert kept_warm_start(own) is None
+    started = warm_start(sweep(warm_start=[str(folder)], searcher="optuna"), "f")
+    started.keep(own)
+    warm_start(sweep(warm_start=[str(folder)], warm_start_trials=1), "f").keep(own)
+    assert kept_warm_start(own) == started
+    assert started.known
+    (own / "warm_start.json").write_text("{")
+    with pytest.raises(ManifestError, match="cannot be read"):
+        kept_warm_start(own)
 
 
 @pytest.mark.parametrize("other", ["data", "base", "metric"])
