@@ -1,13 +1,13 @@
 """What a sweep costs beside its trainings by hand, and what halving saves of a grid.
 
     sentinode prepare --source kaggle/ --out out/data
-    python -m benchmarks.tune --data out/data --parts overhead asha share
+    python -m benchmarks.tune --data out/data --parts overhead halving share
 
 overhead  Wall clock of `tune` over a grid, one trial at a time, on a Ray that runs already, beside the same trainings one after the other: in one
           process that holds the rows and writes the same checkpoints (`loop`, the least that it can cost), and by the command `train` on that Ray
           (`train`). The trial's process, its import of torch, journal, report and bundle are on the sweep's clock. Goal: 1.10 of the loop.
-asha      Image-steps of ASHA beside the whole grid, on the same points with the same seed, and the best validation ROC-AUC of both. Goals: at most a
-          third of the steps, and within 0.005. Nothing is timed.
+halving   Image-steps of ASHA and of successive halving beside the whole grid, on the same points with the same seed, and the best validation ROC-AUC
+          of all. Goals, of halving: at most a third of the steps, and within 0.005. Nothing is timed.
 
 share     CPU time of trials of one depth with a finite set of looks, sharing what the frozen stages make of them, beside the same trials that
           compute it each time. Goal: 2 times less at depth 0 and at depth 1.
@@ -124,10 +124,11 @@ def _starts(result: Any) -> list[float]:
     return [start["seconds"] for trial in result.trials for start in trial.starts]
 
 
-def asha(data: Path, epochs: int) -> bool:
+def halving(data: Path, epochs: int) -> bool:
     """Print image-steps and best figures of the second part; tell whether the goals are met."""
     scratch = Path(tempfile.mkdtemp(prefix="sn-bench-"))
-    schedulers = {"grid": {"kind": "none"}, "asha": {"kind": "asha", "grace_period_epochs": 1, "reduction_factor": 4}}
+    rungs = {"grace_period_epochs": 2, "reduction_factor": 2}
+    schedulers = {"grid": {"kind": "none"}, "asha": {"kind": "asha", **rungs}, "halving": {"kind": "halving", **rungs}}
     steps, best = {}, {}
     with connected(4):
         for name, scheduler in schedulers.items():
@@ -139,8 +140,9 @@ def asha(data: Path, epochs: int) -> bool:
                 f"{name}: {len(result.trials)} trials, {steps[name]} image-steps, best val_roc_auc {best[name]:.4f} {result.standings[0].trial.point}"
             )
     shutil.rmtree(scratch, ignore_errors=True)
-    share, lost = steps["asha"] / steps["grid"], best["grid"] - best["asha"]
-    print(f"asha: {share:.3f} of the grid's image-steps (goal {STEPS_GOAL:.3f}), best {lost:+.4f} below the grid's (goal {AUC_GOAL})")
+    for name in ("asha", "halving"):
+        share, lost = steps[name] / steps["grid"], best["grid"] - best[name]
+        print(f"{name}: {share:.3f} of the grid's image-steps (goal {STEPS_GOAL:.3f}), best {lost:+.4f} below the grid's (goal {AUC_GOAL})")
     return share <= STEPS_GOAL and lost <= AUC_GOAL
 
 
@@ -181,16 +183,16 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a prepared data set")
-    parser.add_argument("--parts", nargs="+", choices=["overhead", "asha", "share"], default=["overhead", "asha", "share"])
+    parser.add_argument("--parts", nargs="+", choices=["overhead", "halving", "share"], default=["overhead", "halving", "share"])
     parser.add_argument("--pairs", type=int, default=6, help="of overhead and share")
     parser.add_argument("--train-pairs", type=int, default=1, help="of these, how many beside the command train too")
-    parser.add_argument("--epochs", type=int, default=None, help="of each trial; 5 for overhead, 16 for asha, 4 for share")
+    parser.add_argument("--epochs", type=int, default=None, help="of each trial; 5 for overhead, 16 for halving, 4 for share")
     args = parser.parse_args(argv)
     met = []
     if "overhead" in args.parts:
         met.append(overhead(args.data, args.pairs, args.train_pairs, args.epochs or 5))
-    if "asha" in args.parts:
-        met.append(asha(args.data, args.epochs or 16))
+    if "halving" in args.parts:
+        met.append(halving(args.data, args.epochs or 16))
     if "share" in args.parts:
         met.append(share(args.data, args.pairs, args.epochs or 4, 3))
     return 0 if all(met) else 1

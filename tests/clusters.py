@@ -11,8 +11,8 @@ import pytest
 
 
 @contextmanager
-def cluster_of(nodes: int, head_cpus: int = 1) -> Iterator[Any]:
-    """A cluster of a head and some more nodes with one CPU each."""
+def cluster_of(nodes: int, cpus: int = 1, head_cpus: int = 1) -> Iterator[Any]:
+    """A cluster of a head and some more nodes with `cpus` each."""
     import ray.util
     from ray.cluster_utils import Cluster
 
@@ -27,7 +27,7 @@ def cluster_of(nodes: int, head_cpus: int = 1) -> Iterator[Any]:
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": head_cpus, "gcs_server_port": port, **dashboard})
         try:
             for _ in range(nodes):
-                cluster.add_node(num_cpus=1)
+                cluster.add_node(num_cpus=cpus)
             yield cluster
         finally:
             cluster.shutdown()

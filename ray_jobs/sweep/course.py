@@ -13,7 +13,7 @@ from typing import Any
 
 from ray_jobs.checkpoints import epochs_saved, is_settled, keep_weights_only
 from ray_jobs.sweep.progress import SweepProgress
-from ray_jobs.sweep.rule import Rule
+from ray_jobs.sweep.rule import Rule, Verdict
 from ray_jobs.sweep.trackers import TrialTrackers
 from ray_jobs.sweep.trial import Job, trial_folder
 from sentinode.config import SweepConfig
@@ -80,12 +80,18 @@ class Course:
         # Numbers of trials whose first epoch since they (last) began has not been heard of.
         self._starting: set[int] = set()
         self._settled: set[int] = set()
+        # Numbers of trials of which the source was told how they did until they waited.
+        self._told_waiting: set[int] = set()
         self._looked = self._over_since = float("-inf")
         self._replay()
         self.settle()
         # Ended, and killed before the last checkpoint was on the disk: it is made again, since the trial may be the best.
         self._made_again = {trial.number for trial in self._unsettled()}
-        self._unfinished = [trial for trial in journal.trials if trial.status == "running" or trial.number in self._made_again]
+        self._unfinished = [
+            trial
+            for trial in journal.trials
+            if (trial.status == "running" and trial.number not in self._rule.waiting) or trial.number in self._made_again
+        ]
 
     def _replay(self) -> None:
         """Tell source and rule what they were told of in the journal's lifetime, in its order."""
@@ -100,15 +106,16 @@ class Course:
                 told[number] += 1
                 self._replay_epoch(trial, told[number])
             elif event == "end":
-                self._tell_source(trial)
+                self._note_end(trial)
 
     def _replay_epoch(self, trial: TrialRecord, count: int) -> None:
-        so_far = replace(trial, epochs=trial.epochs[:count])
-        goes_on = not so_far.epochs[-1]["last"] and self._goes_on(so_far)
-        if trial.status == "running" and count == len(trial.epochs) and not goes_on:
+        so_far = replace(trial, epochs=trial.epochs[:count], status="running")
+        is_last = so_far.epochs[-1]["last"]
+        verdict = Verdict.STOP if is_last else self._judge(so_far)
+        if trial.status == "running" and count == len(trial.epochs) and verdict is Verdict.STOP:
             # Killed between the decision and its record.
-            self._journal.end(trial.number, "finished" if trial.epochs[-1]["last"] else "stopped")
-            self._tell_source(trial)
+            self._journal.end(trial.number, "finished" if is_last else "stopped")
+            self._note_end(trial)
 
     def next_job(self) -> Job | None:
         """Return the next trial; None where there is none now.
@@ -148,6 +155,13 @@ class Course:
         if searched < self._source.total and (asked := self._source.ask(searched)) is not None:
             point, origin = asked
             return self._journal.begin(point, kind="search", origin=origin, seed=self._seed)
+        number, given_up = self._rule.next_to_go_on(self._live.keys())
+        for other in given_up:
+            self._journal.end(other, "stopped")
+            self._note_end(self._journal.trials[other])
+            self._progress.ended(self._journal.trials[other], running=len(self._live))
+        if number is not None:
+            return self._continued(self._journal.trials[number])
         if any(self._journal.trials[number].kind == "search" for number in self._live):
             return None
         for trial, seed in self._wanted_repeats():
@@ -167,6 +181,17 @@ class Course:
             self._unfinished += lost[1:]
             return lost[0]
         raise StopIteration
+
+    def _continued(self, trial: TrialRecord) -> TrialRecord | None:
+        """Return a trial that waited and goes on, once its checkpoint is on the disk; None while others can be heard of meanwhile."""
+        # With the process that was writing it the checkpoint may be lost; then the last epoch is trained again.
+        until = trial.epochs[-1]["at"] + _WRITE_S
+        while not self.stopping and not self._is_written(trial) and time.time() < until:
+            if self._live:
+                return None
+            time.sleep(_LAST_LOOKS_S)
+        self._rule.lets_go_on(trial.number)
+        return trial
 
     def _wanted_repeats(self) -> list[tuple[TrialRecord, int]]:
         """Return (trial, seed) of all repeats, seed by seed, so that a sweep that is cut short has as many of one trial as of another.
@@ -200,17 +225,22 @@ class Course:
         self._progress.epoch(trial, running=len(self._live))
         if result["last"] or self.broken:
             return False
-        return trial.kind == "repeat" or self._goes_on(trial)
+        return trial.kind == "repeat" or self._judge(trial) is Verdict.GO_ON
 
-    def _goes_on(self, trial: TrialRecord) -> bool:
+    def _judge(self, trial: TrialRecord) -> Verdict:
         """Ask the rule about a trial whose last epoch is not the last that is due."""
         metric, last = self._config.metric, trial.epochs[-1]
         if self._folds is None:
-            return self._rule.goes_on(trial.number, len(trial.epochs), last.get(metric), trial.value(metric))
-        if not last["fold_over"]:
-            return True
-        best = trial.best(metric, last["fold"])
-        return self._rule.goes_on(trial.number, len(trial.folds), None if best is None else best[metric], trial.value(metric))
+            verdict = self._rule.judge(trial.number, len(trial.epochs), last.get(metric), trial.value(metric))
+        elif not last["fold_over"]:
+            return Verdict.GO_ON
+        else:
+            best = trial.best(metric, last["fold"])
+            verdict = self._rule.judge(trial.number, len(trial.folds), None if best is None else best[metric], trial.value(metric))
+        if verdict is Verdict.WAIT:
+            self._tell_source(trial, replace(Outcome.of(trial, self._config), stopped=True))
+            self._told_waiting.add(trial.number)
+        return verdict
 
     def began_again(self, number: int) -> None:
         """Note that a trial lost its process and begins in another one."""
@@ -230,19 +260,32 @@ class Course:
             return
         if trial.status != "running":
             return
+        if error is None and number in self._rule.waiting:
+            self._progress.waits(trial, running=len(self._live))
+            return
         error = error or result.get("failed")
         finished = result.get("last") or ("record" not in result and result.get("done"))
         try:
             self._journal.end(number, "failed" if error else "finished" if finished else "stopped", error)
             if trial.kind == "search":
-                self._tell_source(trial)
+                self._note_end(trial)
         except SentinodeError as failure:
             self._break(failure)
         self._trackers.ended(trial, "failed" if error else "finished")
         self._progress.ended(trial, running=len(self._live))
 
-    def _tell_source(self, trial: TrialRecord) -> None:
-        self._source.tell(trial.number, Outcome.of(trial, self._config))
+    def _note_end(self, trial: TrialRecord) -> None:
+        """Tell source and rule of a trial that has ended."""
+        waited = trial.number in self._rule.waiting
+        self._rule.ended(trial.number)
+        if not waited:  # else it has done nothing since it was told of
+            self._tell_source(trial, Outcome.of(trial, self._config))
+
+    def _tell_source(self, trial: TrialRecord, outcome: Outcome) -> None:
+        if trial.number in self._told_waiting:
+            # A searcher takes what a trial has become since it was told of for another trial of the same point.
+            self._source.begun(trial.number, trial.point)
+        self._source.tell(trial.number, outcome)
 
     def _break(self, error: SentinodeError) -> None:
         """No trial could go on: begin no other, and let those that run end at their next epoch."""

@@ -52,6 +52,10 @@ class SweepProgress:
             f"  [{self.standing(running)}]"
         )
 
+    def waits(self, trial: TrialRecord, running: int) -> None:
+        """Show that a trial waits for others."""
+        self._say(f"trial {trial.name} waits after epoch {len(trial.epochs)} until the others have come as far  [{self.standing(running)}]")
+
     def ended(self, trial: TrialRecord, running: int) -> None:
         """Show how a trial ended where that is not its planned end."""
         if trial.status == "failed":

@@ -37,6 +37,18 @@ class AshaConfig(Config):
     """At each rung the best 1/this go on."""
 
 
+class HalvingConfig(Config):
+    """Successive halving: trials wait at a rung until all have come to it, and the best of them go on."""
+
+    kind: Literal["halving"]
+    grace_period_epochs: Count = 2
+    """Epochs that every trial gets, without folds."""
+    grace_period_folds: Count = 1
+    """Folds that every trial gets, with folds."""
+    reduction_factor: Annotated[int, Field(ge=2)] = 2
+    """At each rung the best 1/this go on."""
+
+
 class MedianConfig(Config):
     """The median stopping rule: a trial ends that is worse than the median of the others' running means at the same time."""
 
@@ -73,7 +85,7 @@ class SweepConfig(Config):
     cost: Literal["gflops", "train_seconds"] | None = None
     """A second objective, as small as possible: floating-point operations of one patch through the network, billions, or seconds of training and
     validation. `optuna` then searches the front of metric against cost; the report shows it; the bundle is the best by `metric`."""
-    scheduler: Annotated[AshaConfig | MedianConfig | NoScheduler, Field(discriminator="kind")] = NoScheduler()
+    scheduler: Annotated[AshaConfig | HalvingConfig | MedianConfig | NoScheduler, Field(discriminator="kind")] = NoScheduler()
     """What ends weak trials early."""
     metric: Literal["val_roc_auc", "val_loss"] = "val_roc_auc"
     """Validation metric that ranks epochs and trials. The test split is never read by a sweep."""
@@ -210,7 +222,8 @@ class SweepConfig(Config):
                 raise ValueError(f"folds: got {list(self.folds)}, expected at least two different ones, or all")
         if not isinstance(self.scheduler, NoScheduler):
             wrong, right = ("grace_period_epochs", "grace_period_folds") if self.folds is not None else ("grace_period_folds", "grace_period_epochs")
-            if wrong in self.scheduler.model_fields_set and getattr(self.scheduler, wrong) != 1:
+            default = type(self.scheduler).model_fields[wrong].default
+            if wrong in self.scheduler.model_fields_set and getattr(self.scheduler, wrong) != default:
                 raise ValueError(f"scheduler.{wrong}: {'with' if self.folds is not None else 'without'} folds set {right}")
         if self.cost == "train_seconds" and not isinstance(self.scheduler, NoScheduler):
             raise ValueError("cost train_seconds: trials that a scheduler stops would count as cheap; use scheduler none, or cost gflops")

@@ -196,3 +196,15 @@ def test_a_full_disk_is_one_line_and_the_same_command_continues(
         deadline = time.monotonic() + 30
         while os.system(f"umount {small} 2>/dev/null") and time.monotonic() < deadline:
             os.sync()
+
+
+def test_rows_that_a_lost_node_held_are_read_again(dataset: PreparedDataset, undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    # Rows, weights and the trial are on the one node that there is; another one comes.
+    with cluster_of(nodes=1, cpus=2, head_cpus=0) as cluster, running(*_tune(dataset, tmp_path), ray_address=cluster.address) as command:
+        _wait_for_epochs(command, 1)
+        cluster.add_node(num_cpus=2)
+        cluster.remove_node(node_that_runs(cluster, TRIAL), allow_graceful=False)
+        command.wait_for_line("trial 00000 lost its process", 120)
+        command.wait_for_line("bundle: ", 300)
+        assert command.process.wait(60) == 0
+    assert _outcome(tmp_path) == undisturbed

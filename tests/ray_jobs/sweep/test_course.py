@@ -9,7 +9,7 @@ import pytest
 from ray_jobs.sweep import course as course_module
 from ray_jobs.sweep.course import Course
 from ray_jobs.sweep.progress import SweepProgress
-from ray_jobs.sweep.rule import Rule
+from ray_jobs.sweep.rule import Rule, Verdict
 from ray_jobs.sweep.trial import Job
 from sentinode.errors import StorageError
 from sentinode.search.journal import Journal
@@ -50,7 +50,10 @@ def play(course: Course, curves: dict[float, list[float]], trials: int) -> list[
     """Run trials one after the other, each to its end or until it is stopped; return (number, epochs) of each."""
     played = []
     for _ in range(trials):
-        job = course.next_job()
+        try:
+            job = course.next_job()
+        except StopIteration:
+            break
         assert job is not None
         curve = curves[job.point["learning_rate"]]
         start = job.told.get(None, 0)
@@ -193,18 +196,18 @@ def test_with_folds_a_trial_is_judged_after_each_fold_by_the_mean_so_far(tmp_pat
 def test_the_median_rule_stops_what_is_worse_than_the_median_and_pauses_nothing() -> None:
     rule = Rule(sweep_config(scheduler={"kind": "median", "grace_period_epochs": 2, "min_trials": 2}), 4)
     for number, level in enumerate((0.8, 0.7)):
-        assert all(rule.goes_on(number, epoch, level, level) for epoch in (1, 2, 3, 4))
-    assert rule.goes_on(2, 1, 0.1, 0.1)
-    assert not rule.goes_on(2, 2, 0.1, 0.1)
-    assert rule.goes_on(3, 1, 0.9, 0.9)
-    assert rule.goes_on(3, 2, 0.9, 0.9)
+        assert all(rule.judge(number, epoch, level, level) is Verdict.GO_ON for epoch in (1, 2, 3, 4))
+    assert rule.judge(2, 1, 0.1, 0.1) is Verdict.GO_ON
+    assert rule.judge(2, 2, 0.1, 0.1) is Verdict.STOP
+    assert rule.judge(3, 1, 0.9, 0.9) is Verdict.GO_ON
+    assert rule.judge(3, 2, 0.9, 0.9) is Verdict.GO_ON
 
 
 def test_lower_losses_are_better() -> None:
     rule = Rule(sweep_config(metric="val_loss", **ASHA), 4)
-    assert rule.goes_on(0, 1, 0.5, 0.5)
-    assert rule.goes_on(1, 1, 0.4, 0.4)
-    assert not rule.goes_on(2, 1, 0.9, 0.9)
+    assert rule.judge(0, 1, 0.5, 0.5) is Verdict.GO_ON
+    assert rule.judge(1, 1, 0.4, 0.4) is Verdict.GO_ON
+    assert rule.judge(2, 1, 0.9, 0.9) is Verdict.STOP
 
 
 def test_the_terminal_tells_how_far_the_sweep_is(tmp_path: Path) -> None:
@@ -284,3 +287,80 @@ def test_only_what_was_trained_to_its_end_is_repeated(tmp_path: Path) -> None:
     again = play(course, {1e-4: [0.5] * 4, 1e-3: [0.8] * 4}, 2)
     assert again == [(3, 4), (4, 4)]
     assert [trial.repeats for trial in Journal(tmp_path).trials] == [None, None, None, 1, 0]
+
+
+HALVING = {"scheduler": {"kind": "halving", "grace_period_epochs": 1, "reduction_factor": 2}, "space": MEDIAN["space"]}
+FOUR = {1e-4: [0.7, 0.71, 0.72, 0.73], 1e-3: [0.8, 0.81, 0.82, 0.83], 1e-2: [0.6, 0.9, 0.9, 0.9], 1e-1: [0.75, 0.95, 0.96, 0.97]}
+
+
+def test_halving_trains_all_to_a_rung_before_any_goes_on(tmp_path: Path) -> None:
+    course = course_of(tmp_path, **HALVING)
+    # Rungs after 1 and 2 epochs: of four trials two go on, of these one.
+    assert play(course, FOUR, 9) == [(0, 1), (1, 1), (2, 1), (3, 1), (1, 2), (3, 2), (3, 4)]
+    assert [(trial.status, len(trial.epochs)) for trial in Journal(tmp_path).trials] == [
+        ("stopped", 1),
+        ("stopped", 2),
+        ("stopped", 1),
+        ("finished", 4),
+    ]
+
+
+def test_halving_ends_alike_whenever_the_sweep_was_killed(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    play(course_of(whole, **HALVING), FOUR, 9)
+    expected = [(trial.status, len(trial.epochs)) for trial in Journal(whole).trials]
+    text = (whole / "trials.jsonl").read_bytes().splitlines(keepends=True)
+    for lines in range(1, len(text) + 1):
+        killed = tmp_path / f"{lines}"
+        killed.mkdir()
+        (killed / "trials.jsonl").write_bytes(b"".join(text[:lines]))
+        play(course_of(killed, **HALVING), FOUR, 9)
+        assert [(trial.status, len(trial.epochs)) for trial in Journal(killed).trials] == expected, lines
+
+
+def test_nobody_goes_on_while_others_are_on_their_way_to_the_rung_and_failures_are_not_waited_for(tmp_path: Path) -> None:
+    course = course_of(tmp_path, limit=4, **HALVING)
+    jobs = [course.next_job() for _ in range(4)]
+    for job, value in zip(jobs[:3], (0.7, 0.8, 0.6), strict=True):
+        assert job is not None
+        assert not course.hear(job.number, told(0, value))
+        course.ended(job.number, told(0, value))
+    assert course.next_job() is None
+    course.ended(3, {"done": True, "failed": "the loss is not finite"})
+    # One of three.
+    following = course.next_job()
+    assert following is not None
+    assert (following.number, following.told) == (1, {None: 1})
+    assert [trial.status for trial in Journal(tmp_path).trials] == ["stopped", "running", "stopped", "failed"]
+
+
+def test_optuna_hears_of_what_waits_and_of_what_becomes_of_it(tmp_path: Path) -> None:
+    space = {"learning_rate": {"loguniform": [1e-5, 1e-2]}}
+    settings = HALVING | {"space": space, "searcher": "optuna", "trials": 4, "startup_trials": 2}
+
+    def run(folder: Path, course: Course) -> None:
+        while True:
+            try:
+                job = course.next_job()
+            except StopIteration:
+                return
+            assert job is not None
+            for epoch in range(job.told.get(None, 0), 4):
+                result = told(epoch, 0.5 + job.point["learning_rate"] * (epoch + 1), last=epoch == 3)
+                if not course.hear(job.number, result):
+                    break
+            course.ended(job.number, result)
+
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    run(whole, course_of(whole, **settings))
+    expected = [(trial.status, len(trial.epochs), trial.point) for trial in Journal(whole).trials]
+    assert sorted(count for _, count, _ in expected) == [1, 1, 2, 4]
+    text = (whole / "trials.jsonl").read_bytes().splitlines(keepends=True)
+    for lines in range(1, len(text)):
+        killed = tmp_path / f"{lines}"
+        killed.mkdir()
+        (killed / "trials.jsonl").write_bytes(b"".join(text[:lines]))
+        run(killed, course_of(killed, **settings))
+        assert [(trial.status, len(trial.epochs), trial.point) for trial in Journal(killed).trials] == expected, lines
