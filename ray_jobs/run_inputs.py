@@ -110,15 +110,14 @@ def load_rows(dataset: PreparedDataset, config: TrainConfig, ingest: Ingest | No
         ingest = resolve_ingest(config.ingest, pixel_bytes(dataset), _shared_memory_bytes())
     one_set = config.calibration_fraction == 0
     names = [*(["train"] if ingest == "resident" else []), "val", *([] if one_set else ["calibration"])]
-    with reserved(1, 0, "read the data set") as place:
-        task = _load_rows.options(num_returns=len(names), scheduling_strategy=place)
-        refs = task.remote(dataset, config, ingest == "stream")
-        loaded = dict(zip(names, refs if len(names) > 1 else [refs], strict=True))
-        try:
-            # Fails where the task failed; only the small split travels to the driver.
-            ray.get(loaded[names[-1]])
-        except ray.exceptions.RayError as error:
-            raise task_error(error, "reading the data set") from error
+    _wait_for_room()
+    refs = _load_rows.options(num_returns=len(names)).remote(dataset, config, ingest == "stream")
+    loaded = dict(zip(names, refs if len(names) > 1 else [refs], strict=True))
+    try:
+        # Fails where the task failed; only the small split travels to the driver.
+        ray.get(loaded[names[-1]])
+    except ray.exceptions.RayError as error:
+        raise task_error(error, "reading the data set") from error
     return LoadedRows(dataset, loaded.get("train"), loaded["val"], loaded.get("calibration", loaded["val"]))
 
 
@@ -134,13 +133,22 @@ def load_folds(dataset: PreparedDataset, config: TrainConfig, folds: Sequence[in
 
     if resolve_ingest(config.ingest, pixel_bytes(dataset), _shared_memory_bytes()) == "stream":
         return {fold: load_rows(dataset, config.model_copy(update={"fold": fold}), "stream") for fold in folds}
-    with reserved(1, 0, "read the data set") as place:
-        everything, *validates = _load_folds.options(num_returns=1 + len(folds), scheduling_strategy=place).remote(dataset, config, folds)
-        try:
-            ray.get(validates)
-        except ray.exceptions.RayError as error:
-            raise task_error(error, "reading the data set") from error
+    _wait_for_room()
+    everything, *validates = _load_folds.options(num_returns=1 + len(folds)).remote(dataset, config, folds)
+    try:
+        ray.get(validates)
+    except ray.exceptions.RayError as error:
+        raise task_error(error, "reading the data set") from error
     return {fold: FoldRows(everything, mask) for fold, mask in zip(folds, validates, strict=True)}
+
+
+def _wait_for_room() -> None:
+    """Wait for a CPU, and say so where that takes long.
+
+    The task is not put into what was reserved: where the node that holds the rows is lost, Ray runs it again under the same conditions.
+    """
+    with reserved(1, 0, "read the data set"):
+        return
 
 
 @ray.remote(num_cpus=1)
