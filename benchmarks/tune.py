@@ -127,7 +127,7 @@ def _starts(result: Any) -> list[float]:
 def halving(data: Path, epochs: int) -> bool:
     """Print image-steps and best figures of the second part; tell whether the goals are met."""
     scratch = Path(tempfile.mkdtemp(prefix="sn-bench-"))
-    rungs = {"grace_period_epochs": 2, "reduction_factor": 2}
+    rungs = {"grace_period_epochs": 3, "reduction_factor": 6}
     schedulers = {"grid": {"kind": "none"}, "asha": {"kind": "asha", **rungs}, "halving": {"kind": "halving", **rungs}}
     steps, best = {}, {}
     with connected(4):
