@@ -116,7 +116,7 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
         try:
             run_local(
                 application,
-                request_timeout_s=config.request_timeout_s,
+                request_timeout_s=max(config.request_timeout_s, config.batch_request_timeout_s),
                 host=args.host,
                 port=port,
                 ready=lambda url: say(f"ready: {url}  (docs: {url}/docs; Ctrl-C stops)"),

@@ -45,6 +45,8 @@ class EvaluatedRows:
         z1 - z0, uncalibrated.
     pale : ndarray of bool, shape (n,)
         `sentinode.tissue.is_pale`.
+    unusual : ndarray of bool, shape (n,)
+        `sentinode.colour.outside_colours`, of the bundle.
     tissue_fraction : ndarray of float32, shape (n,), 0..1
     slides, centres : ndarray of object, shape (n,)
         Names, None where not known.
@@ -57,6 +59,7 @@ class EvaluatedRows:
     groups: npt.NDArray[np.str_]
     logits: FloatArray
     pale: npt.NDArray[np.bool_]
+    unusual: npt.NDArray[np.bool_]
     tissue_fraction: npt.NDArray[np.float32]
     slides: npt.NDArray[np.object_]
     centres: npt.NDArray[np.object_]
@@ -80,8 +83,8 @@ def review(rows: EvaluatedRows, bundle: BundleManifest, samples: int, seed: int)
     """Return what the bundle's rule leaves to a person, and the metrics of the rest."""
     probabilities = calibrated_probability(rows.logits, bundle.temperature, bundle.bias)
     reasons = [
-        review_reasons(probability, bundle.threshold, bundle.review, pale)
-        for probability, pale in zip(probabilities.tolist(), rows.pale.tolist(), strict=True)
+        review_reasons(probability, bundle.threshold, bundle.review, pale, unusual)
+        for probability, pale, unusual in zip(probabilities.tolist(), rows.pale.tolist(), rows.unusual.tolist(), strict=True)
     ]
     kept = np.array([not fired for fired in reasons])
     counts: dict[str, int] = {}

@@ -94,12 +94,15 @@ class EnsembleExplainer:
         return scaled
 
 
-def overlay(patch: UInt8Array, heat: npt.NDArray[np.float32]) -> UInt8Array:
-    """Return a patch, uint8 (h, w, 3), RGB, under its map, float32 (h, w), 0..1: red where the map is high, blue where it is low."""
+def overlay(patch: UInt8Array, heat: npt.NDArray[np.float32], opacity: float = 0.4) -> UInt8Array:
+    """Return a patch, uint8 (h, w, 3), RGB, under its map, float32 (h, w), 0..1: red where the map is high, blue where it is low.
+
+    `opacity`: of the map, 0..1; 0 shows the patch alone, 1 the map alone.
+    """
     _grad_cam()
     from pytorch_grad_cam.utils.image import show_cam_on_image
 
-    shown: UInt8Array = show_cam_on_image(patch.astype(np.float32) / 255, heat, use_rgb=True, image_weight=0.6)
+    shown: UInt8Array = show_cam_on_image(patch.astype(np.float32) / 255, heat, use_rgb=True, image_weight=1 - opacity)
     return shown
 
 

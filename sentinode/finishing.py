@@ -11,7 +11,7 @@ import torch
 
 from sentinode.bundle import Bundle, write_bundle
 from sentinode.calibration import choose_threshold, fit_temperature_and_bias, require_both_classes
-from sentinode.colour import Int64Array, channel_statistics, channel_sums
+from sentinode.colour import Int64Array, channel_statistics, channel_sums, colour_range, outside_colours
 from sentinode.config import ReviewRule, TrainConfig
 from sentinode.dataset import Patches
 from sentinode.errors import TrainingError
@@ -186,7 +186,9 @@ def fit(
     temperature, bias = fit_temperature_and_bias(logits, labels)
     probabilities = calibrated_probability(logits, temperature, bias)
     threshold, rule = choose_threshold(probabilities, labels, groups, target_recall=target_recall, samples=samples, seed=seed)
-    decisions = decide(logits, temperature=temperature, bias=bias, threshold=threshold, review=review, pale=looks.pale)
+    low, high = colour_range(looks.sums, looks.pixels_per_patch)
+    unusual = outside_colours(looks.sums, looks.pixels_per_patch, low, high)
+    decisions = decide(logits, temperature=temperature, bias=bias, threshold=threshold, review=review, pale=looks.pale, unusual=unusual)
     point = operating_point(labels, probabilities, groups, threshold, samples, seed)
     values = {name: getattr(point, name) for name in CARD_METRICS}
     values |= score_metrics(labels, calibrated_logit(logits, temperature, bias), groups, samples, seed)
@@ -210,5 +212,7 @@ def fit(
             positive_rate=float((probabilities >= threshold).mean()),
             review_rate=float(np.mean([decision.needs_review for decision in decisions])),
             probability_deciles=np.quantile(probabilities, np.arange(1, 10) / 10).tolist(),
+            patch_colour_low=low,
+            patch_colour_high=high,
         ),
     )

@@ -15,11 +15,11 @@ from sentinode.errors import PatchError, PatchErrorCode
 
 UInt8Array = npt.NDArray[np.uint8]
 
-ALLOWED_FORMATS = ("TIFF", "PNG", "JPEG")
-IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
+ALLOWED_FORMATS = ("TIFF", "PNG", "JPEG", "WebP")
+IMAGE_SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".webp")
 
-_ALLOWED_SIGNATURES = (b"II*\x00", b"MM\x00*", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
-_OTHER_SIGNATURES = {b"GIF8": "GIF", b"BM": "BMP", b"RIFF": "WebP", b"%PDF": "PDF", b"II+\x00": "BigTIFF", b"MM\x00+": "BigTIFF"}
+_ALLOWED_SIGNATURES = (b"II*\x00", b"MM\x00*", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
+_OTHER_SIGNATURES = {b"GIF8": "GIF", b"BM": "BMP", b"%PDF": "PDF", b"II+\x00": "BigTIFF", b"MM\x00+": "BigTIFF"}
 
 _MAX_SIDE = 1024
 _BOMB_PIXELS = 1 << 24  # 4096 x 4096, 48 MB as RGB: no patch, whatever went wrong, only a small file that would fill the memory
@@ -74,7 +74,7 @@ def decode_patch(data: bytes, *, size_px: int | None) -> UInt8Array:
     Parameters
     ----------
     data : bytes
-        A TIFF, PNG or JPEG file.
+        A TIFF, PNG, JPEG or WebP file.
     size_px : int or None
         Side that the image must have; None accepts any square-or-not image of 8 to 1024 pixels a side.
 
@@ -94,6 +94,8 @@ def decode_patch(data: bytes, *, size_px: int | None) -> UInt8Array:
     if size_px is not None and (plain := _plain_tiff(data, size_px)) is not None:
         return plain
     _check_signature(data)
+    if data.startswith(b"RIFF"):
+        _check_webp(data, size_px)
     try:
         image = Image.open(BytesIO(data), formats=ALLOWED_FORMATS)
     except Image.DecompressionBombError as error:
@@ -102,8 +104,7 @@ def decode_patch(data: bytes, *, size_px: int | None) -> UInt8Array:
         raise PatchError(PatchErrorCode.TRUNCATED, "the image is truncated or damaged") from error
     with image:
         width, height = image.size
-        if width * height > _BOMB_PIXELS:
-            raise PatchError(PatchErrorCode.DECOMPRESSION_BOMB, f"the image claims {width}x{height} pixels; expected {_expected(size_px)}")
+        _check_pixels(width, height, size_px)
         if (width, height) != (size_px, size_px) if size_px else not (8 <= width <= _MAX_SIDE and 8 <= height <= _MAX_SIDE):
             raise PatchError(PatchErrorCode.WRONG_SIZE, f"the image is {width}x{height} pixels; expected {_expected(size_px)}")
         # Not `n_frames`, which reads every page: a megabyte of tiny ones takes seconds.
@@ -168,6 +169,29 @@ def _check_signature(data: bytes) -> None:
         if data.startswith(signature):
             raise PatchError(PatchErrorCode.FORMAT_NOT_ALLOWED, f"{name} is not accepted; expected {', '.join(ALLOWED_FORMATS)}")
     raise PatchError(PatchErrorCode.NOT_AN_IMAGE, f"not an image; expected {', '.join(ALLOWED_FORMATS)}")
+
+
+def _check_webp(data: bytes, size_px: int | None) -> None:
+    """Refuse, before a decoder is made, which takes eight bytes for each pixel claimed, what claims too many (RFC 9649, section 2.5 to 2.7)."""
+    head = data[:30].ljust(30, b"\0")
+    chunk = head[12:16] if head[8:12] == b"WEBP" else b""
+    if chunk == b"VP8X":
+        width, height = (1 + int.from_bytes(head[at : at + 3], "little") for at in (24, 27))
+    elif chunk == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    elif chunk == b"VP8 ":
+        width, height = (int.from_bytes(head[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+    elif head[8:12] == b"WEBP":
+        raise PatchError(PatchErrorCode.TRUNCATED, "the image is truncated or damaged")
+    else:
+        raise PatchError(PatchErrorCode.NOT_AN_IMAGE, f"not an image; expected {', '.join(ALLOWED_FORMATS)}")
+    _check_pixels(width, height, size_px)
+
+
+def _check_pixels(width: int, height: int, size_px: int | None) -> None:
+    if width * height > _BOMB_PIXELS:
+        raise PatchError(PatchErrorCode.DECOMPRESSION_BOMB, f"the image claims {width}x{height} pixels; expected {_expected(size_px)}")
 
 
 def _expected(size_px: int | None) -> str:

@@ -197,6 +197,10 @@ class ReferenceStatistics(Manifest):
     """Share of validation patches flagged for review."""
     probability_deciles: list[float]
     """The 9 deciles of calibrated validation probabilities."""
+    patch_colour_low: Rgb | None = None
+    """Mean colour of a patch per channel, 0..1, below which it is unlike those validated on (`sentinode.colour.colour_range`); null = not known."""
+    patch_colour_high: Rgb | None = None
+    """The same, above which."""
 
 
 class BundleManifest(Manifest):

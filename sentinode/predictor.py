@@ -8,6 +8,7 @@ import numpy.typing as npt
 from torch import nn
 
 from sentinode.bundle import Bundle
+from sentinode.colour import channel_sums, outside_colours
 from sentinode.config import Engine
 from sentinode.engines import choose_engine, load_engine
 from sentinode.errors import ManifestError, PatchError, PatchErrorCode, UsageError
@@ -77,6 +78,11 @@ class Predictor:
         mean: npt.NDArray[np.float32] = np.mean(calibrated, axis=0).astype(np.float32)
         return mean
 
+    def unusual(self, patches: UInt8Array) -> npt.NDArray[np.bool_]:
+        """Tell which patches, uint8 (n, side, side, 3), RGB, have colours unlike those that the bundle was validated on; bool (n,)."""
+        reference, side = self.manifest.reference, self.manifest.patch_size_px
+        return outside_colours(channel_sums(patches)[0], side * side, reference.patch_colour_low, reference.patch_colour_high)
+
     def explainer(self) -> Explainer | EnsembleExplainer:
         """Return Grad-CAM of the torch networks, whatever engine runs them; raises UsageError where there is none for their kind."""
         explainers = [network.explainer() for network in self._networks]
@@ -92,6 +98,7 @@ class Predictor:
             threshold=manifest.threshold,
             review=manifest.review,
             pale=is_pale(patches),
+            unusual=self.unusual(patches),
         )
 
 
@@ -116,6 +123,11 @@ class _Network:
             batch_size=batch_size,
             device=self._device,
         )
+
+    def unusual(self, patches: UInt8Array) -> npt.NDArray[np.bool_]:
+        """Tell which patches, uint8 (n, side, side, 3), RGB, have colours unlike those that the bundle was validated on; bool (n,)."""
+        reference, side = self.manifest.reference, self.manifest.patch_size_px
+        return outside_colours(channel_sums(patches)[0], side * side, reference.patch_colour_low, reference.patch_colour_high)
 
     def explainer(self) -> Explainer:
         manifest = self.manifest

@@ -15,6 +15,7 @@ FloatArray = npt.NDArray[np.float64]
 LOW_CONFIDENCE = "low_confidence"
 NEAR_THRESHOLD = "near_threshold"
 NO_TISSUE = "no_tissue"
+UNUSUAL_COLOURS = "unusual_colours"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,14 @@ def calibrated_logit(logits: npt.ArrayLike, temperature: float, bias: float) -> 
 
 
 def decide(
-    logits: npt.ArrayLike, *, temperature: float, bias: float, threshold: float, review: ReviewRule, pale: npt.NDArray[np.bool_]
+    logits: npt.ArrayLike,
+    *,
+    temperature: float,
+    bias: float,
+    threshold: float,
+    review: ReviewRule,
+    pale: npt.NDArray[np.bool_],
+    unusual: npt.NDArray[np.bool_],
 ) -> list[Decision]:
     """Decide about patches.
 
@@ -72,6 +80,8 @@ def decide(
         Of the bundle.
     pale : ndarray of bool, shape (n,)
         `sentinode.tissue.is_pale` of the patches.
+    unusual : ndarray of bool, shape (n,)
+        `sentinode.colour.outside_colours` of the patches.
 
     Returns
     -------
@@ -87,7 +97,7 @@ def decide(
         raise SentinodeError(f"the network's answer is not a number for {np.count_nonzero(~np.isfinite(values))} of {len(values)} patches")
     probabilities = calibrated_probability(values, temperature, bias)
     decisions = []
-    for logit, probability, no_tissue in zip(values.tolist(), probabilities.tolist(), pale.tolist(), strict=True):
+    for logit, probability, no_tissue, is_unusual in zip(values.tolist(), probabilities.tolist(), pale.tolist(), unusual.tolist(), strict=True):
         positive = probability >= threshold
         decisions.append(
             Decision(
@@ -95,17 +105,18 @@ def decide(
                 probability=probability,
                 prediction=CLASS_NAMES[positive],
                 confidence=probability if positive else 1 - probability,
-                review_reasons=review_reasons(probability, threshold, review, no_tissue),
+                review_reasons=review_reasons(probability, threshold, review, no_tissue, is_unusual),
             )
         )
     return decisions
 
 
-def review_reasons(probability: float, threshold: float, review: ReviewRule, no_tissue: bool) -> tuple[str, ...]:
+def review_reasons(probability: float, threshold: float, review: ReviewRule, no_tissue: bool, unusual_colours: bool) -> tuple[str, ...]:
     """Return why one prediction should be seen by a human, in a fixed order."""
     fired = {
         LOW_CONFIDENCE: max(probability, 1 - probability) < review.below,
         NEAR_THRESHOLD: abs(probability - threshold) <= review.band,
         NO_TISSUE: no_tissue,
+        UNUSUAL_COLOURS: unusual_colours,
     }
     return tuple(reason for reason, fires in fired.items() if fires)

@@ -11,23 +11,25 @@ from typing import Any, Self
 
 from fastapi import FastAPI
 from ray import serve as ray_serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
+from sentinode.answers import Speaker
 from sentinode.bundle import Bundle
 from sentinode.config import ServeConfig, parse_config
 from sentinode.engines import choose_engine
-from sentinode.errors import ConfigError, UsageError
+from sentinode.errors import ConfigError, SentinodeError, UsageError
 from sentinode.images import UInt8Array
 from sentinode.manifests import BundleManifest
 from sentinode.probability import Decision
 from sentinode.storage import local_path
 from serve.auth import resolve_key_digests
+from serve.backend import Overloaded
 from serve.engine import Classifier, EngineError
-from serve.http_app import Overloaded, create_http_app
+from serve.http_app import create_http_app
 
 IMPORT_PATH = "serve.app:build_app"
 BUNDLE_VARIABLE = "SENTINODE_BUNDLE"
@@ -147,7 +149,7 @@ class FusedEndpoint:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         # Serve calls this on the replica, so the FastAPI application is never pickled.
-        return create_http_app(self._classifier.classify, *self._http, echo_request_id=False)
+        return create_http_app(self._classifier, *self._http, echo_request_id=False)
 
     async def check_health(self) -> None:
         await self._classifier.check_health()
@@ -162,17 +164,37 @@ class SplitEndpoint:
         self._http = (manifest, config, key_digests)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_http_app(self._classify, *self._http, echo_request_id=False)
+        return create_http_app(_Hop(self._classifier), *self._http, echo_request_id=False)
 
-    async def _classify(self, patch: UInt8Array) -> Decision:
-        """Ask a classifier replica; ask another where one is lost, which is safe since a patch can be classified twice."""
+
+class _Hop:
+    """A backend behind a handle: asks another replica where one is lost, which is safe since a patch can be classified twice."""
+
+    def __init__(self, classifier: DeploymentHandle) -> None:
+        self._classifier = classifier
+
+    async def classify(self, patch: UInt8Array) -> tuple[Decision, Speaker]:
+        answer: tuple[Decision, Speaker] = await self._asked(self._classifier.classify, patch)
+        return answer
+
+    async def classify_many(self, patches: UInt8Array) -> tuple[list[Decision], Speaker]:
+        answer: tuple[list[Decision], Speaker] = await self._asked(self._classifier.classify_many, patches)
+        return answer
+
+    async def explain(self, patch: UInt8Array, opacity: float) -> tuple[UInt8Array, Speaker]:
+        answer: tuple[UInt8Array, Speaker] = await self._asked(self._classifier.explain, patch, opacity)
+        return answer
+
+    async def _asked(self, method: Any, *arguments: Any) -> Any:
         lost: RayActorError | None = None
         for _ in range(HOP_ATTEMPTS):
             try:
-                decision: Decision = await self._classifier.classify.remote(patch)
-                return decision
+                return await method.remote(*arguments)
             except BackPressureError as error:
                 raise Overloaded(math.ceil(error.retry_after_s or RETRY_AFTER_S)) from error
+            except RayTaskError as error:
+                # What it raised itself, without Ray's wrapping: whether there is a map is no failure of the engine.
+                raise (error.cause if isinstance(error.cause, SentinodeError) else error) from error
             except RayActorError as error:
                 lost = error
         raise EngineError(f"{HOP_ATTEMPTS} classifier replicas were lost one after the other") from lost

@@ -5,21 +5,27 @@ import math
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from ray import serve as ray_serve
 
+from sentinode.answers import Speaker
 from sentinode.config import ServeConfig
-from sentinode.errors import ManifestError, SentinodeError
+from sentinode.errors import ManifestError, SentinodeError, UsageError
+from sentinode.explain import EnsembleExplainer, Explainer, overlay
 from sentinode.images import UInt8Array
 from sentinode.predictor import Predictor
 from sentinode.probability import Decision
+from serve.backend import NotExplainableError
+from serve.measures import measures
 from serve.patches import probe_patch
 
 PROBE_AFTER_IDLE_S = 30.0
 """A replica that finished a batch this lately is healthy; only one that did not is probed, for probing busy replicas kills them."""
+
+_Result = TypeVar("_Result")
 
 
 class EngineError(SentinodeError):
@@ -49,16 +55,20 @@ class Classifier:
         self._predictor = Predictor.load(config.bundle, engine=config.engine, device="cuda" if config.gpus_per_replica > 0 else "cpu")
         if self._predictor.manifest.digest != digest:
             raise ManifestError(f"{config.bundle}: was replaced by another bundle since this application was deployed; deploy it again")
+        self._speaker = Speaker.of(self._predictor.manifest, self._predictor.engine)
         self._probe = probe_patch(self._predictor.manifest.patch_size_px)
+        self._engine_timeout_s = config.engine_timeout_s
         # One thread: forward passes take turns, the event loop stays free.
         self._forward_thread = ThreadPoolExecutor(1, thread_name_prefix="forward")
         batched = ray_serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_timeout_s, max_concurrent_batches=1)
         self._classify: Callable[[UInt8Array], Coroutine[Any, Any, Decision]] = batched(self._decide_batch)
+        self._explainer: Explainer | EnsembleExplainer | None = None
         # The first pass is slow (allocations, kernel choice) and shows whether the network works at all: better now than under a request.
         _require_number(self._predictor.decide(self._probe[None])[0])
-        self._last_batch_at = time.monotonic()
+        self._last_pass_at = time.monotonic()
+        self._running_since: float | None = None
 
-    async def classify(self, patch: UInt8Array) -> Decision:
+    async def classify(self, patch: UInt8Array) -> tuple[Decision, Speaker]:
         """Decide about one uint8 patch (patch_size_px, patch_size_px, 3), RGB, in a batch with others that wait.
 
         Raises
@@ -66,18 +76,61 @@ class Classifier:
         EngineError
             The network's answer is not a number.
         """
-        return _require_number(await self._classify(patch))
+        return _require_number(await self._classify(patch)), self._speaker
+
+    async def classify_many(self, patches: UInt8Array) -> tuple[list[Decision], Speaker]:
+        """Decide about uint8 patches (n, patch_size_px, patch_size_px, 3), RGB, in one forward pass of their own; in order; raises as `classify`."""
+        decisions = await self._forward(lambda: self._predictor.decide(patches))
+        measures().passed(len(patches))
+        return [_require_number(decision) for decision in decisions], self._speaker
+
+    async def explain(self, patch: UInt8Array, opacity: float) -> tuple[UInt8Array, Speaker]:
+        """Return a patch, uint8 (patch_size_px, patch_size_px, 3), RGB, under its Grad-CAM map; 0 = the patch alone, 1 = the map alone.
+
+        Raises
+        ------
+        NotExplainableError
+            There is no map for this kind of network.
+        """
+        return await self._forward(lambda: self._overlaid(patch, opacity)), self._speaker
 
     async def check_health(self) -> None:
-        """Raise, or hang until Serve's health_check_timeout_s, if the network does not work. Called by Serve."""
-        if time.monotonic() - self._last_batch_at >= PROBE_AFTER_IDLE_S:
+        """Raise if the network hangs or does not work. Called by Serve, which replaces the replica after some such answers."""
+        if self._running_since is not None:
+            # A probe would only wait behind what runs.
+            if time.monotonic() - self._running_since > self._engine_timeout_s:
+                raise EngineError(f"a forward pass has been running for more than {self._engine_timeout_s:g} s")
+        elif time.monotonic() - self._last_pass_at >= PROBE_AFTER_IDLE_S:
             _require_number((await self._decide_batch([self._probe]))[0])
 
     async def _decide_batch(self, patches: list[UInt8Array]) -> list[Decision]:
         # Results keep the order of `patches`, which is how Serve hands each caller its own.
-        decisions = await asyncio.get_running_loop().run_in_executor(self._forward_thread, self._predictor.decide, np.stack(patches))
-        self._last_batch_at = time.monotonic()
+        decisions = await self._forward(lambda: self._predictor.decide(np.stack(patches)))
+        measures().passed(len(patches))
         return decisions
+
+    async def _forward(self, work: Callable[[], _Result]) -> _Result:
+        """Run the network in its thread, where passes take turns."""
+
+        def run() -> _Result:
+            self._running_since = time.monotonic()
+            try:
+                return work()
+            finally:
+                measures().engine(time.monotonic() - self._running_since)
+                self._last_pass_at, self._running_since = time.monotonic(), None
+
+        return await asyncio.get_running_loop().run_in_executor(self._forward_thread, run)
+
+    def _overlaid(self, patch: UInt8Array, opacity: float) -> UInt8Array:
+        if opacity == 0:
+            return patch
+        if self._explainer is None:
+            try:
+                self._explainer = self._predictor.explainer()
+            except UsageError as error:
+                raise NotExplainableError(str(error)) from error
+        return overlay(patch, self._explainer.maps(patch[None])[0], opacity)
 
 
 def _require_number(decision: Decision) -> Decision:

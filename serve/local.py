@@ -26,7 +26,7 @@ def run_local(
     application : serve.Application
         Of `serve.app.build_app`.
     request_timeout_s : float
-        Of its configuration.
+        The longest of its configuration.
     host : str
         Interface to listen on; only this machine reaches the default.
     port : int

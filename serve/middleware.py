@@ -11,11 +11,13 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.auth import is_known_key, offered_key
+from serve.measures import measures
 from serve.problems import ProblemError, problem_response
 
 # A child of Serve's logger: in a replica it reaches Serve's handlers (JSON lines, see serve/app.py), elsewhere it is an ordinary logger.
@@ -40,22 +42,23 @@ class RequestContext:
     Parameters
     ----------
     app : ASGI application
-    timeout_s : float
-        After this long a request that has not begun to answer is answered 504.
+    timeout_s_of : callable
+        Scope -> seconds after which a request that has not begun to answer is answered 504.
     echo_request_id : bool
         Put `X-Request-ID` on responses. False behind Ray's proxy, which adds the header itself: twice would be two values.
     """
 
-    def __init__(self, app: ASGIApp, *, timeout_s: float, echo_request_id: bool) -> None:
+    def __init__(self, app: ASGIApp, *, timeout_s_of: Callable[[Scope], float], echo_request_id: bool) -> None:
         self._app = app
-        self._timeout_s = timeout_s
+        self._timeout_s_of = timeout_s_of
         self._echo_request_id = echo_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = time.perf_counter()
+        started, timeout_s = time.perf_counter(), self._timeout_s_of(scope)
+        measures().begun()
         offered = Headers(scope=scope).get(REQUEST_ID_HEADER)
         valid = offered is None or _REQUEST_ID.fullmatch(offered) is not None
         request_id = offered if offered and valid else str(uuid.uuid4())
@@ -75,14 +78,14 @@ class RequestContext:
 
         try:
             if valid:
-                async with asyncio.timeout(self._timeout_s):
+                async with asyncio.timeout(timeout_s):
                     await self._app(scope, receive, send_and_note)
             else:
                 refusal = problem_response("invalid_request_id", "X-Request-ID must be 1 to 128 of A-Z a-z 0-9 . _ -", request_id)
                 await refusal(scope, receive, send_and_note)
         except TimeoutError:
             if status is None:
-                detail = f"no answer within {self._timeout_s:g} s; try again"
+                detail = f"no answer within {timeout_s:g} s; try again"
                 await problem_response("timeout", detail, request_id, {"Retry-After": "1"})(scope, receive, send_and_note)
         except asyncio.CancelledError:
             status = status or _CLIENT_WENT_AWAY
@@ -95,7 +98,9 @@ class RequestContext:
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             # Neither path nor query: they are the caller's and may name a patient. The matched route is ours.
-            latency_ms = round((time.perf_counter() - started) * 1000, 3)
+            seconds = time.perf_counter() - started
+            measures().ended(route, scope["method"], status or 500, seconds)
+            latency_ms = round(seconds * 1000, 3)
             fields = {"method": scope["method"], "route": route, "status": status, "latency_ms": latency_ms, "request_id": request_id}
             # Twice: as fields for Serve's JSON log files, and as the message for its console, which prints nothing else.
             logger.info(json.dumps(fields), extra=fields)
@@ -129,44 +134,67 @@ class ApiKeys:
         await self._app(scope, receive, send)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a route allows."""
+
+    max_bytes: int
+    """Of a body."""
+    idle_timeout_s: float
+    """Longest pause of a body."""
+    body_timeout_s: float | None
+    """Longest time until a body is whole; None = as long as the request may take."""
+    request_timeout_s: float
+    """Longest time until an answer begins."""
+
+
 class BodyLimit:
-    """Refuses bodies above a size: by their announced length before anything is read, else as soon as that many bytes have come.
+    """Refuses bodies above a size, by their announced length before anything is read, else as soon as that many bytes have come; and slow ones.
 
     Parameters
     ----------
     app : ASGI application
-    max_bytes : int
+    limits_of : callable
+        Scope -> `Limits`.
     """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, limits_of: Callable[[Scope], Limits]) -> None:
         self._app = app
-        self._max_bytes = max_bytes
+        self._limits_of = limits_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        limits = self._limits_of(scope)
+        too_large = f"a request body may have {limits.max_bytes} bytes at most"
         announced = Headers(scope=scope).get("content-length", "")
         # `isdecimal` alone admits other scripts' digits, which int() reads too; a length that is not a number is counted instead.
-        if announced.isascii() and announced.isdecimal() and int(announced) > self._max_bytes:
-            await problem_response("body_too_large", self._detail, request_id_of(scope))(scope, receive, send)
+        if announced.isascii() and announced.isdecimal() and int(announced) > limits.max_bytes:
+            await problem_response("body_too_large", too_large, request_id_of(scope))(scope, receive, send)
             return
-        received = 0
+        received, whole, began = 0, False, time.monotonic()
 
         async def receive_and_count() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, whole
+            if whole:  # what comes now is the end of the connection, which may be long in coming
+                return await receive()
+            patience_s = limits.idle_timeout_s
+            if limits.body_timeout_s is not None:
+                patience_s = min(patience_s, began + limits.body_timeout_s - time.monotonic())
+            try:
+                async with asyncio.timeout(patience_s):
+                    message = await receive()
+            except TimeoutError as error:
+                raise ProblemError("body_timeout", "the body did not come in time; try again", {"Retry-After": "1"}) from error
+            whole = message["type"] != "http.request" or not message.get("more_body", False)
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
-                if received > self._max_bytes:
-                    raise ProblemError("body_too_large", self._detail)
+                if received > limits.max_bytes:
+                    raise ProblemError("body_too_large", too_large)
             return message
 
         await self._app(scope, receive_and_count, send)
-
-    @property
-    def _detail(self) -> str:
-        return f"a request body may have {self._max_bytes} bytes at most"
 
 
 class DrainRefused:

@@ -14,7 +14,7 @@ def patch_from_bytes(data: bytes, size_px: int, allow_resize: bool) -> UInt8Arra
     Parameters
     ----------
     data : bytes
-        TIFF, PNG or JPEG.
+        TIFF, PNG, JPEG or WebP.
     size_px : int
         Side that the bundle accepts.
     allow_resize : bool

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from sentinode.answers import Problem
 from sentinode.errors import PatchErrorCode
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
@@ -32,6 +33,12 @@ KINDS: dict[str, ProblemKind] = {
     "missing_file": ProblemKind(422, "The request holds no file"),
     "several_files": ProblemKind(422, "The request holds several files"),
     "invalid_request": ProblemKind(422, "The request is not valid"),
+    "wrong_array": ProblemKind(422, "The array is not one of patches"),
+    "wrong_length": ProblemKind(422, "The body has the wrong length"),
+    "too_many_patches": ProblemKind(413, "The request holds too many patches"),
+    "not_explainable": ProblemKind(404, "There is no map of this model"),
+    "body_timeout": ProblemKind(408, "The request body did not come in time"),
+    "unsupported_media_type": ProblemKind(415, "The content type is not accepted"),
     "malformed_body": ProblemKind(400, "The request body cannot be read"),
     "invalid_request_id": ProblemKind(400, "The request id is not valid"),
     "unauthorized": ProblemKind(401, "An API key is needed"),
@@ -46,7 +53,15 @@ KINDS: dict[str, ProblemKind] = {
 }
 """Every problem that this code answers. The keys are stable: clients may branch on them."""
 
-_KIND_OF_STATUS = {400: "malformed_body", 401: "unauthorized", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+_KIND_OF_STATUS = {
+    400: "malformed_body",
+    401: "unauthorized",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "body_timeout",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+}
 
 
 class ProblemError(HTTPException):
@@ -65,8 +80,13 @@ def kind_of_status(status: int) -> str:
     return _KIND_OF_STATUS.get(status, "internal" if status >= 500 else "invalid_request")
 
 
+def problem_of(kind: str, detail: str, request_id: str) -> Problem:
+    """Return one problem."""
+    of_kind = KINDS[kind]
+    return Problem(type=TYPE_PREFIX + kind, title=of_kind.title, status=of_kind.status, detail=detail, request_id=request_id)
+
+
 def problem_response(kind: str, detail: str, request_id: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """Return the response of one problem."""
-    of_kind = KINDS[kind]
-    content = {"type": TYPE_PREFIX + kind, "title": of_kind.title, "status": of_kind.status, "detail": detail, "request_id": request_id}
-    return JSONResponse(content, of_kind.status, dict(headers) if headers else None, PROBLEM_MEDIA_TYPE)
+    content = problem_of(kind, detail, request_id).model_dump()
+    return JSONResponse(content, KINDS[kind].status, dict(headers) if headers else None, PROBLEM_MEDIA_TYPE)

@@ -18,7 +18,7 @@ from sentinode.locations import Entry, Location
 
 _SLIDES = (".bif", ".btf", ".czi", ".dcm", ".dicom", ".mrxs", ".ndpi", ".qptiff", ".scn", ".svs", ".svslide", ".vms", ".vmu", ".vsi")
 _JPEGS = (".heic", ".heif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpe", ".jpf", ".jpx", ".jxl")
-_PICTURES = (".apng", ".avif", ".bmp", ".dib", ".exr", ".gif", ".pbm", ".pgm", ".pnm", ".ppm", ".psd", ".tga", ".webp")
+_PICTURES = (".apng", ".avif", ".bmp", ".dib", ".exr", ".gif", ".pbm", ".pgm", ".pnm", ".ppm", ".psd", ".tga")
 OTHER_IMAGE_SUFFIXES = frozenset((*_SLIDES, *_JPEGS, *_PICTURES))
 """Endings of images that are no patches of an accepted format, but were perhaps meant as some."""
 

@@ -1,10 +1,13 @@
 """How a bundle is served over HTTP."""
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from sentinode.config.base import Config, Engine
+
+_ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+")
 
 
 class ServeConfig(Config):
@@ -22,6 +25,20 @@ class ServeConfig(Config):
     """What runs the network."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 1_048_576
     """Larger request bodies are refused with 413 before they are read in full. A 96x96 TIF is 27,935 bytes."""
+    max_batch_body_bytes: Annotated[int, Field(ge=1024)] = 134_217_728
+    """The same for `/predict/batch`; 128 MiB hold 4,804 TIFs of 96x96."""
+    max_batch_patches: Annotated[int, Field(ge=1)] = 4096
+    """Most patches in one request to `/predict/batch`."""
+    max_batch_requests: Annotated[int, Field(ge=1)] = 2
+    """Requests to `/predict/batch` that one replica reads at a time; others wait before their bodies are read, which bounds its memory."""
+    body_timeout_s: Annotated[float, Field(gt=0)] = 10
+    """A body that stops coming for this long, or to routes for one patch is not whole by then, is answered 408: slow callers hold no replica."""
+    cors_origins: list[str] = []
+    """Origins, like https://viewer.example.org, whose web pages may call; empty = none but our own."""
+    expect_spacing: bool = False
+    """Flag patches that come without `spacing_um_px` for review."""
+    spacing_tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Relative difference between the caller's spacing and the model's above which a patch is flagged for review."""
     allow_resize: bool = False
     """Accept patches of another size than the bundle's and resize them; off because a resized patch has another magnification."""
     max_batch_size: Annotated[int, Field(ge=1)] = 16
@@ -50,6 +67,10 @@ class ServeConfig(Config):
     """CPUs reserved for each HTTP ingress. Only with topology `split`; a fused replica has `cpus_per_replica` for both."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 30
     """A request that takes longer is answered 504."""
+    batch_request_timeout_s: Annotated[float, Field(gt=0)] = 300
+    """The same for `/predict/batch`."""
+    engine_timeout_s: Annotated[float, Field(gt=0)] = 60
+    """A replica whose forward pass takes longer hangs, and is replaced."""
     drain_timeout_s: Annotated[float, Field(gt=0)] = 30
     """How long a leaving replica may finish what it has accepted."""
 
@@ -59,6 +80,9 @@ class ServeConfig(Config):
             raise ValueError(
                 f"max_ongoing_requests {self.max_ongoing_requests} must be at least max_batch_size {self.max_batch_size}, or batches never fill"
             )
+        for origin in self.cors_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"cors_origins: got {origin!r}, expected scheme://host[:port] without a path")
         if self.max_replicas < self.min_replicas:
             raise ValueError(f"max_replicas {self.max_replicas} must be at least min_replicas {self.min_replicas}")
         return self

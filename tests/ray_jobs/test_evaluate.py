@@ -32,6 +32,7 @@ def _rows(dataset: PreparedDataset) -> EvaluatedRows:
         groups=patches.groups,
         logits=generator.normal(patches.labels, 1.0),
         pale=is_pale(patches.images),
+        unusual=np.zeros(len(patches), bool),
         tissue_fraction=tissue_fraction(patches.images),
         slides=unknown,
         centres=np.array([f"centre {number % 2}" for number in range(len(patches))], object),

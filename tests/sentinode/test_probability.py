@@ -15,7 +15,8 @@ OF_THE_BUNDLE: dict[str, Any] = {"temperature": 1.0, "bias": 0.0, "threshold": 0
 
 
 def decisions(logits: list[float], **changes: Any) -> list[Decision]:
-    return decide(logits, pale=np.zeros(len(logits), bool), **OF_THE_BUNDLE | changes)
+    none = np.zeros(len(logits), bool)
+    return decide(logits, pale=none, unusual=none, **OF_THE_BUNDLE | changes)
 
 
 def logit(probability: float) -> float:
@@ -58,30 +59,34 @@ def test_the_logit_is_passed_on_uncalibrated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("probability", "threshold", "pale", "reasons"),
+    ("probability", "threshold", "pale", "unusual", "reasons"),
     [
-        (0.99, 0.5, False, ()),
-        (0.01, 0.5, False, ()),
-        (0.85, 0.5, False, ()),
-        (0.849, 0.5, False, ("low_confidence",)),
-        (0.151, 0.5, False, ("low_confidence",)),
-        (0.149, 0.5, False, ()),
-        (0.5, 0.5, False, ("low_confidence", "near_threshold")),
-        (0.0625, 0.03125, False, ("near_threshold",)),
-        (0.0625, 0.0, False, ()),
-        (0.99, 0.5, True, ("no_tissue",)),
-        (0.5, 0.52, True, ("low_confidence", "near_threshold", "no_tissue")),
+        (0.99, 0.5, False, False, ()),
+        (0.01, 0.5, False, False, ()),
+        (0.85, 0.5, False, False, ()),
+        (0.849, 0.5, False, False, ("low_confidence",)),
+        (0.151, 0.5, False, False, ("low_confidence",)),
+        (0.149, 0.5, False, False, ()),
+        (0.5, 0.5, False, False, ("low_confidence", "near_threshold")),
+        (0.0625, 0.03125, False, False, ("near_threshold",)),
+        (0.0625, 0.0, False, False, ()),
+        (0.99, 0.5, True, False, ("no_tissue",)),
+        (0.5, 0.52, True, False, ("low_confidence", "near_threshold", "no_tissue")),
+        (0.99, 0.5, False, True, ("unusual_colours",)),
+        (0.99, 0.5, True, True, ("no_tissue", "unusual_colours")),
     ],
 )
-def test_a_patch_is_flagged_with_each_reason_that_holds(probability: float, threshold: float, pale: bool, reasons: tuple[str, ...]) -> None:
-    assert review_reasons(probability, threshold, RULE, pale) == reasons
+def test_a_patch_is_flagged_with_each_reason_that_holds(
+    probability: float, threshold: float, pale: bool, unusual: bool, reasons: tuple[str, ...]
+) -> None:
+    assert review_reasons(probability, threshold, RULE, pale, unusual) == reasons
 
 
 def test_the_edge_of_the_band_belongs_to_it() -> None:
     rule = ReviewRule(below=0.5, band=0.25)
-    assert review_reasons(0.75, 0.5, rule, False) == ("near_threshold",)
-    assert review_reasons(0.25, 0.5, rule, False) == ("near_threshold",)
-    assert review_reasons(0.7500001, 0.5, rule, False) == ()
+    assert review_reasons(0.75, 0.5, rule, False, False) == ("near_threshold",)
+    assert review_reasons(0.25, 0.5, rule, False, False) == ("near_threshold",)
+    assert review_reasons(0.7500001, 0.5, rule, False, False) == ()
 
 
 def test_review_is_needed_exactly_where_a_reason_is_given() -> None:
@@ -92,12 +97,13 @@ def test_review_is_needed_exactly_where_a_reason_is_given() -> None:
 
 def test_order_and_number_are_kept() -> None:
     assert decisions([]) == []
-    pale = np.array([False, True, False])
-    result = decide([5, 6, 7], pale=pale, **OF_THE_BUNDLE)
+    pale, unusual = np.array([False, True, False]), np.array([False, False, True])
+    result = decide([5, 6, 7], pale=pale, unusual=unusual, **OF_THE_BUNDLE)
     assert [decision.logit for decision in result] == [5, 6, 7]
-    assert [decision.needs_review for decision in result] == [False, True, False]
+    assert [decision.needs_review for decision in result] == [False, True, True]
+    assert [decision.review_reasons for decision in result] == [(), ("no_tissue",), ("unusual_colours",)]
     with pytest.raises(ValueError, match="shorter"):
-        decide([5, 6], pale=np.zeros(1, bool), **OF_THE_BUNDLE)
+        decide([5, 6], pale=np.zeros(1, bool), unusual=np.zeros(2, bool), **OF_THE_BUNDLE)
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])

@@ -19,9 +19,11 @@ from sentinode.images import UInt8Array
 from sentinode.predictor import Predictor
 from sentinode.probability import Decision
 from serve.auth import key_digest
-from serve.http_app import OPEN_PATHS, Overloaded, create_http_app
+from serve.backend import Overloaded
+from serve.http_app import OPEN_PATHS, create_http_app
 from serve.problems import KINDS
 from tests.factories import make_bundle, random_patches
+from tests.serve.backends import InProcess
 from tests.serve.patch_files import encode, good_tif, refused_files
 
 REFUSED = refused_files()
@@ -34,12 +36,9 @@ def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
 
 @pytest.fixture(scope="module")
 def build(predictor: Predictor) -> Callable[..., FastAPI]:
-    async def classify(patch: UInt8Array) -> Decision:
-        return predictor.decide(patch[None])[0]
-
-    def build(classify: Any = classify, keys: tuple[str, ...] = (), **settings: Any) -> FastAPI:
+    def build(classify: Any = None, keys: tuple[str, ...] = (), **settings: Any) -> FastAPI:
         config = ServeConfig(auth="keys" if keys else "none", engine="torch", **settings)
-        return create_http_app(classify, predictor.manifest, config, [key_digest(key) for key in keys])
+        return create_http_app(InProcess(predictor, classify), predictor.manifest, config, [key_digest(key) for key in keys])
 
     return build
 
@@ -78,6 +77,7 @@ def test_an_answer_equals_the_offline_prediction(client: TestClient, predictor: 
             "threshold",
             "needs_review",
             "review_reasons",
+            "spacing_um_px",
             "model",
             "request_id",
             "notice",
@@ -164,9 +164,11 @@ def test_unknown_paths_and_methods_are_problems(client: TestClient) -> None:
 def test_only_open_paths_answer_without_a_key(build: Callable[..., FastAPI]) -> None:
     app = build(keys=("right",))
     with TestClient(app) as client:
-        for path in ("/", "/healthz", "/readyz", "/docs", "/openapi.json"):
+        for path in ("/", "/healthz", "/readyz", "/docs", "/openapi.json", "/ui", "/ui/app.js", "/ui/style.css"):
             assert client.get(path).status_code == 200, path
-        for path in set(client.get("/openapi.json").json()["paths"]) - OPEN_PATHS:
+        closed = set(client.get("/openapi.json").json()["paths"]) - OPEN_PATHS
+        assert closed == {"/v1/predict", "/v1/predict/batch", "/v1/explain", "/v1/model"}
+        for path in closed | {path.removeprefix("/v1") for path in closed}:
             for method in ("GET", "POST"):
                 response = client.request(method, path)
                 require_problem(response, "unauthorized", 401)
@@ -284,8 +286,8 @@ def test_the_card_tells_the_bundle(client: TestClient, predictor: Predictor) -> 
 def test_openapi_carries_the_notice_and_problems(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     assert RESEARCH_USE_NOTICE in document["info"]["description"]
-    responses = document["paths"]["/predict"]["post"]["responses"]
-    assert set(responses) == {"200", "400", "401", "413", "415", "422", "429", "500", "503", "504"}
+    responses = document["paths"]["/v1/predict"]["post"]["responses"]
+    assert set(responses) == {"200", "400", "401", "408", "413", "415", "422", "429", "500", "503", "504"}
     assert set(responses["422"]["content"]) == {"application/problem+json"}
 
 

@@ -1,6 +1,7 @@
 """The middlewares as bare ASGI applications, fed message by message."""
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +9,9 @@ import pytest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.middleware import BodyLimit, DrainRefused, RequestContext
+from serve.middleware import BodyLimit, DrainRefused, Limits, RequestContext
+
+TEN_BYTES = Limits(max_bytes=10, idle_timeout_s=5, body_timeout_s=5, request_timeout_s=30)
 
 
 class Exchange:
@@ -59,22 +62,59 @@ async def answer_404_unread(scope: Scope, receive: Receive, send: Send) -> None:
 
 def test_a_body_announced_too_large_is_refused_unread() -> None:
     request = exchange(b"x" * 11, content_length="11")
-    assert request.run(BodyLimit(read_all, max_bytes=10)) == 413
+    assert request.run(BodyLimit(read_all, limits_of=lambda scope: TEN_BYTES)) == 413
     assert request.bytes_read == 0
 
 
 def test_a_body_of_exactly_the_limit_passes() -> None:
-    assert exchange(b"x" * 10, content_length="10").run(BodyLimit(read_all, max_bytes=10)) == 200
-    assert exchange(b"x" * 4, b"x" * 6).run(BodyLimit(read_all, max_bytes=10)) == 200
+    assert exchange(b"x" * 10, content_length="10").run(BodyLimit(read_all, limits_of=lambda scope: TEN_BYTES)) == 200
+    assert exchange(b"x" * 4, b"x" * 6).run(BodyLimit(read_all, limits_of=lambda scope: TEN_BYTES)) == 200
 
 
 @pytest.mark.parametrize("headers", [{}, {"content_length": "5"}, {"content_length": "abc"}, {"content_length": "\u0662"}])
 def test_a_streamed_body_is_refused_as_soon_as_it_is_too_large(headers: dict[str, str]) -> None:
     request = exchange(*[b"x" * 4] * 1000, **headers)
     with pytest.raises(HTTPException) as caught:
-        request.run(BodyLimit(read_all, max_bytes=10))
+        request.run(BodyLimit(read_all, limits_of=lambda scope: TEN_BYTES))
     assert caught.value.status_code == 413
     assert request.bytes_read == 12
+
+
+@pytest.mark.parametrize("limits", [Limits(10, 0.05, None, 30), Limits(10, 5, 0.05, 30)])
+def test_a_body_that_stops_coming_or_comes_too_slowly_is_refused(limits: Limits) -> None:
+    request = exchange(b"x")
+
+    async def receive() -> Message:
+        if request.bytes_read:
+            await asyncio.Event().wait()
+        return await Exchange.receive(request)
+
+    request.receive = receive  # type: ignore[method-assign]
+    with pytest.raises(HTTPException) as caught:
+        request.run(BodyLimit(read_all, limits_of=lambda scope: limits))
+    assert caught.value.status_code == 408
+
+
+def test_who_waits_for_the_end_of_the_connection_may_wait() -> None:
+    async def wait_for_disconnect(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    request = exchange(b"x")
+
+    async def receive() -> Message:
+        if not request.bytes_read:
+            request.bytes_read = 1
+            return {"type": "http.request", "body": b"x", "more_body": False}
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    request.receive = receive  # type: ignore[method-assign]
+    assert request.run(BodyLimit(wait_for_disconnect, limits_of=lambda scope: Limits(10, 0.05, 0.05, 30))) == 200
 
 
 def test_an_unread_body_is_drained_before_an_error_is_answered() -> None:
@@ -106,7 +146,7 @@ def test_a_request_that_hangs_gets_504_and_is_cancelled() -> None:
             raise
 
     request = exchange()
-    assert request.run(RequestContext(hang, timeout_s=0.05, echo_request_id=True)) == 504
+    assert request.run(RequestContext(hang, timeout_s_of=lambda scope: 0.05, echo_request_id=True)) == 504
     assert cancelled == [True]
 
 
@@ -115,7 +155,7 @@ def test_an_unexpected_error_is_500_without_its_message(caplog: pytest.LogCaptur
         raise RuntimeError("secret inside")
 
     request = exchange(x_request_id="abc")
-    assert request.run(RequestContext(fail, timeout_s=5, echo_request_id=True)) == 500
+    assert request.run(RequestContext(fail, timeout_s_of=lambda scope: 5, echo_request_id=True)) == 500
     body: Any = request.sent[1]["body"]
     assert b"secret" not in body
     assert b"Traceback" not in body
@@ -128,5 +168,5 @@ def test_a_client_that_goes_away_is_logged_as_499(caplog: pytest.LogCaptureFixtu
 
     request = exchange()
     with caplog.at_level("INFO", logger="ray.serve.sentinode"), pytest.raises(asyncio.CancelledError):
-        asyncio.run(RequestContext(go_away, timeout_s=5, echo_request_id=True)(request.scope, request.receive, request.send))
+        asyncio.run(RequestContext(go_away, timeout_s_of=lambda scope: 5, echo_request_id=True)(request.scope, request.receive, request.send))
     assert [record.__dict__["status"] for record in caplog.records] == [499]

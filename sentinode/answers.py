@@ -1,12 +1,16 @@
-"""What the endpoint answers, as typed models: the source of /openapi.json and /docs."""
+"""What the endpoint answers, as typed models: the source of /openapi.json and /docs, and what `sentinode.client` returns."""
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from sentinode import RESEARCH_USE_NOTICE
 from sentinode.manifests import LEAK_MEANING, BundleManifest, LeakLevel, SplitMethod, ThresholdRule
 from sentinode.probability import Decision
+
+WRONG_SPACING = "wrong_spacing"
+UNKNOWN_SPACING = "unknown_spacing"
 
 EXAMPLE_DIGEST = "3f786850e387550fdab836ed7e6dc881de23001b" + "0" * 24
 
@@ -14,7 +18,8 @@ EXAMPLE_DIGEST = "3f786850e387550fdab836ed7e6dc881de23001b" + "0" * 24
 class Answer(BaseModel):
     """Base of every response model."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    # A newer endpoint may say more than this version knows.
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True, protected_namespaces=())
 
 
 class ModelReference(Answer):
@@ -53,25 +58,61 @@ class Prediction(Answer):
     needs_review: bool = Field(examples=[False])
     """Whether a human should look, for any of `review_reasons`."""
     review_reasons: list[str] = Field(examples=[[]])
-    """`low_confidence`, `near_threshold`, `no_tissue`; more may be added."""
+    """`low_confidence`, `near_threshold`, `no_tissue`, `unusual_colours`, `wrong_spacing`, `unknown_spacing`; more may be added."""
+    spacing_um_px: float | None = Field(default=None, examples=[0.972])
+    """As the caller gave it, micrometres; null = not given."""
     model: ModelReference
     request_id: str = Field(examples=["0c8f6a2e-6d1b-4c6e-9d0e-2f2f4f0f7a11"])
     """The caller's `X-Request-ID`, or one made here."""
     notice: str = Field(default=RESEARCH_USE_NOTICE, examples=[RESEARCH_USE_NOTICE])
 
     @classmethod
-    def of(cls, decision: Decision, manifest: BundleManifest, engine: str, request_id: str) -> "Prediction":
-        """Tell one decision."""
+    def of(cls, decision: Decision, speaker: "Speaker", request_id: str, spacing_um_px: float | None, spacing_reason: str | None) -> "Prediction":
+        """Tell one decision, and what is to be said of the spacing (`Speaker.spacing_reason`)."""
+        reasons = [*decision.review_reasons, *([spacing_reason] if spacing_reason else [])]
         return cls(
             prediction=decision.prediction,  # type: ignore[arg-type]
             confidence=decision.confidence,
             probabilities=Probabilities(Normal=1 - decision.probability, Metastatic=decision.probability),
-            threshold=manifest.threshold,
-            needs_review=decision.needs_review,
-            review_reasons=list(decision.review_reasons),
-            model=ModelReference.of(manifest, engine),
+            threshold=speaker.threshold,
+            needs_review=bool(reasons),
+            review_reasons=reasons,
+            spacing_um_px=spacing_um_px,
+            model=speaker.model,
             request_id=request_id,
         )
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """The model that has spoken: travels with each decision, since replicas of two models may answer side by side while one replaces the other."""
+
+    model: ModelReference
+    threshold: float
+    spacing_um_px: float | None
+
+    @classmethod
+    def of(cls, manifest: BundleManifest, engine: str) -> "Speaker":
+        """The bundle, as an engine runs it."""
+        return cls(ModelReference.of(manifest, engine), manifest.threshold, manifest.spacing_um_px)
+
+    def spacing_reason(self, given_um_px: float | None, *, tolerance: float, expected: bool) -> str | None:
+        """Return why a patch should be reviewed for its spacing, or None.
+
+        Parameters
+        ----------
+        given_um_px : float or None
+            What the caller says, micrometres per pixel.
+        tolerance : float
+            Relative difference to the model's that is still the same magnification.
+        expected : bool
+            Whether a patch without a spacing is to be reviewed.
+        """
+        if given_um_px is None:
+            return UNKNOWN_SPACING if expected else None
+        if self.spacing_um_px is None:
+            return None
+        return WRONG_SPACING if abs(given_um_px - self.spacing_um_px) > tolerance * self.spacing_um_px else None
 
 
 class Health(Answer):
@@ -169,3 +210,7 @@ class Problem(Answer):
     status: int = Field(examples=[422])
     detail: str = Field(examples=["the image is truncated or damaged"])
     request_id: str = Field(examples=["0c8f6a2e-6d1b-4c6e-9d0e-2f2f4f0f7a11"])
+
+
+BATCH = TypeAdapter(list[Prediction | Problem])
+"""The answer to several patches, in their order: of each what `/predict` would have answered."""
