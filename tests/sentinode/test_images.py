@@ -47,6 +47,8 @@ GOOD = {
     "png": encode(PIXELS, "PNG"),
     "png opaque rgba": encode(Image.fromarray(PIXELS).convert("RGBA"), "PNG"),
     "tif opaque rgba": encode(Image.fromarray(PIXELS).convert("RGBA")),
+    "lossless webp": encode(PIXELS, "WEBP", lossless=True),
+    "lossless webp opaque rgba": encode(Image.fromarray(PIXELS).convert("RGBA"), "WEBP", lossless=True),
 }
 
 
@@ -101,7 +103,11 @@ REFUSED = {
     "zeros": (bytes(5000), PatchErrorCode.NOT_AN_IMAGE),
     "gif": (encode(PIXELS, "GIF"), PatchErrorCode.FORMAT_NOT_ALLOWED),
     "bmp": (encode(PIXELS, "BMP"), PatchErrorCode.FORMAT_NOT_ALLOWED),
-    "webp": (encode(PIXELS, "WEBP"), PatchErrorCode.FORMAT_NOT_ALLOWED),
+    "webp with a transparent pixel": (encode(TRANSPARENT, "WEBP", lossless=True, exact=True), PatchErrorCode.WRONG_MODE),
+    "animated webp": (encode(PIXELS, "WEBP", save_all=True, append_images=[Image.fromarray(255 - PIXELS)]), PatchErrorCode.SEVERAL_PAGES),
+    "webp of 95": (encode(PIXELS[:, :95], "WEBP"), PatchErrorCode.WRONG_SIZE),
+    "webp of an unknown kind": (b"RIFF\x20\0\0\0WEBPVP8Q" + bytes(40), PatchErrorCode.TRUNCATED),
+    "wave": (b"RIFF\x20\0\0\0WAVEfmt " + bytes(40), PatchErrorCode.NOT_AN_IMAGE),
     "pdf": (b"%PDF-1.7\n", PatchErrorCode.FORMAT_NOT_ALLOWED),
     "big tiff": (encode(PIXELS, big_tiff=True), PatchErrorCode.FORMAT_NOT_ALLOWED),
     "95 wide": (encode(PIXELS[:, :95]), PatchErrorCode.WRONG_SIZE),
@@ -152,6 +158,9 @@ CUT = {
     "smooth png": encode(SMOOTH, "PNG"),
     "jpeg": encode(PIXELS, "JPEG"),
     "progressive jpeg": encode(PIXELS, "JPEG", progressive=True),
+    "lossless webp": encode(PIXELS, "WEBP", lossless=True),
+    "lossy webp": encode(SMOOTH, "WEBP", quality=90),
+    "extended webp": encode(SMOOTH, "WEBP", quality=90, exif=b"Exif\0\0II*\0\x08\0\0\0\0\0"),
 }
 
 
@@ -234,6 +243,10 @@ def test_small_files_that_unpack_to_huge_ones_are_refused_without_allocating(tmp
         "png of a size that somebody may have": (png(4_000, 4_000, 8, 2, row), "wrong_size"),
         "tif": (tiff(entries, bytes(100)), "decompression_bomb"),
         "jpeg": (bytes(jpeg), "decompression_bomb"),
+        # 16,384 x 16,384, of which a decoder would take two canvases, 2 GB, before it looks at what is in them.
+        "webp extended": (b"RIFF\x80\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + b"\xff\x3f\0" * 2 + bytes(90), "decompression_bomb"),
+        "webp lossless": (b"RIFF\x80\0\0\0WEBPVP8L\x20\0\0\0\x2f" + b"\xff\xff\xff\x0f" + bytes(90), "decompression_bomb"),
+        "webp lossy": (b"RIFF\x80\0\0\0WEBPVP8 \x40\0\0\0\x30\x01\0\x9d\x01\x2a" + b"\xff\x3f" * 2 + bytes(90), "decompression_bomb"),
         "tile": (tiled_grey_tiff(96, 8_192), "decompression_bomb"),
         # Of a tag that stands twice libtiff believes the first, Pillow the last.
         "tile hidden by a second tag": (tiled_grey_tiff(96, 8_192, twice=True), "truncated"),
