@@ -84,6 +84,8 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", metavar="BUNDLE", help="folder made by train or tune")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one (default: 8000)")
+    parser.add_argument("--tls-certificate", metavar="FILE", help="serve https with this certificate (PEM, with its chain)")
+    parser.add_argument("--tls-key", metavar="FILE", help="its private key (PEM)")
     parser.add_argument("--check", metavar="FILE", help="only check a Serve config file, strictly")
     parser.add_argument("--new-key", metavar="NAME", help="only make an API key: prints it once, with its line for api_keys_file")
     add_common_arguments(parser, ServeConfig)
@@ -104,12 +106,13 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
     config = config_from(args, ServeConfig, **({"bundle": args.bundle} if args.bundle else {}))
     from ray_jobs.cluster import Need, check_capacity, connected
     from serve.app import ServeArgs, build_app
-    from serve.local import run_local, usable_port
+    from serve.local import run_local, usable_port, usable_tls
 
     if not args.verbose:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # Whatever is wrong with the arguments shows before Ray starts.
     application, port = build_app(ServeArgs(**config.model_dump())), usable_port(args.host, args.port)
+    tls = usable_tls(args.tls_certificate, args.tls_key)
     ingress_cpus = config.cpus_per_ingress if config.topology == "split" else 0
     with connected(config.max_replicas * (config.cpus_per_replica + ingress_cpus), verbose=args.verbose):
         check_capacity(Need(config.min_replicas, config.cpus_per_replica, config.gpus_per_replica, config.min_replicas * ingress_cpus), "serve")
@@ -119,6 +122,7 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
                 request_timeout_s=max(config.request_timeout_s, config.batch_request_timeout_s),
                 host=args.host,
                 port=port,
+                tls=tls,
                 ready=lambda url: say(f"ready: {url}  (docs: {url}/docs; Ctrl-C stops)"),
             )
         except KeyboardInterrupt:

@@ -1,9 +1,11 @@
 """The endpoint on this machine, for as long as the caller lets it run."""
 
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 from ray import serve as ray_serve
@@ -17,7 +19,13 @@ PROXY_SLACK_S = 5.0
 
 
 def run_local(
-    application: ray_serve.Application, *, request_timeout_s: float, host: str = "127.0.0.1", port: int, ready: Callable[[str], None]
+    application: ray_serve.Application,
+    *,
+    request_timeout_s: float,
+    host: str = "127.0.0.1",
+    port: int,
+    ready: Callable[[str], None],
+    tls: tuple[Path, Path] | None = None,
 ) -> None:
     """Serve until interrupted. Ray must be initialised.
 
@@ -33,6 +41,8 @@ def run_local(
         Of `usable_port`.
     ready : callable
         Called once with the URL when predictions work.
+    tls : tuple of Path, or None
+        Files of the certificate and of its key, for https.
 
     Raises
     ------
@@ -47,12 +57,12 @@ def run_local(
     try:
         ray_serve.start(
             proxy_location="HeadOnly",
-            http_options={"host": host, "port": port, "request_timeout_s": request_timeout_s + PROXY_SLACK_S},
+            http_options={"host": host, "port": port, "request_timeout_s": request_timeout_s + PROXY_SLACK_S} | _tls_options(tls),
             logging_config=LoggingConfig(encoding="JSON", enable_access_log=False),
         )
         # Without waiting: Serve itself would wait for ever for CPUs or GPUs that cannot come.
         ray_serve.run_many([ray_serve.RunTarget(application)], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-        url = f"http://{_for_url(host)}:{port}"
+        url = f"{'https' if tls else 'http'}://{_for_url(host)}:{port}"
         _wait_until_ready(url)
         ready(url)
         threading.Event().wait()
@@ -80,6 +90,24 @@ def usable_port(host: str, port: int) -> int:
         return bound
 
 
+def usable_tls(certificate: str | None, key: str | None) -> tuple[Path, Path] | None:
+    """Return the files of a certificate and its key, None for no TLS; raises UsageError where they cannot be used together."""
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise UsageError("TLS needs both --tls-certificate and --tls-key")
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+    except OSError as error:
+        # ssl.SSLError is one too.
+        raise UsageError(f"--tls-certificate {certificate}, --tls-key {key}: cannot be used ({error.strerror or error})") from error
+    return Path(certificate).resolve(), Path(key).resolve()
+
+
+def _tls_options(tls: tuple[Path, Path] | None) -> dict[str, str]:
+    return {} if tls is None else {"ssl_certfile": str(tls[0]), "ssl_keyfile": str(tls[1])}
+
+
 def _for_url(host: str) -> str:
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{reachable}]" if ":" in reachable else reachable
@@ -87,8 +115,8 @@ def _for_url(host: str) -> str:
 
 def _wait_until_ready(url: str) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    # No proxy from the environment: this address is our own.
-    with httpx.Client(trust_env=False, timeout=15) as client:
+    # No proxy from the environment, and whatever name the certificate has: this address is our own.
+    with httpx.Client(trust_env=False, timeout=15, verify=False) as client:
         last = "no answer"
         while time.monotonic() < deadline:
             try:
