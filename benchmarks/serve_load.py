@@ -2,9 +2,9 @@
 
     python -m benchmarks.serve_load --url http://127.0.0.1:8000 --patches patches.npz --raw 4 --client 4
 
-`patches.npz` holds `patches`, uint8 (n, side, side, 3), and `digests`, the models that may answer, with `probabilities`, float64 (digests, n). `--raw`
-tasks send each request once and count what becomes of it; `--client` tasks use `sentinode.client`, through which nothing may fail. A line of JSON
-tells every half second how far it is; SIGTERM ends it, with the whole count as the last line.
+`patches.npz` holds `patches`, uint8 (n, side, side, 3), and `digests`, the models that may answer, with `probabilities`, float64 (digests, n).
+`--raw` tasks send each request once and count what becomes of it; `--client` tasks use `sentinode.client`, through which nothing may fail. A line
+of JSON tells every half second how far it is; SIGTERM ends it, with the whole count as the last line.
 """
 
 import argparse

@@ -3,13 +3,12 @@
 import asyncio
 import math
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
-from ray import serve as ray_serve
 
 from sentinode.answers import Speaker
 from sentinode.config import ServeConfig
@@ -19,6 +18,7 @@ from sentinode.images import UInt8Array
 from sentinode.predictor import Predictor
 from sentinode.probability import Decision
 from serve.backend import NotExplainableError
+from serve.batching import Batcher
 from serve.measures import measures
 from serve.patches import probe_patch
 
@@ -60,8 +60,7 @@ class Classifier:
         self._engine_timeout_s = config.engine_timeout_s
         # One thread: forward passes take turns, the event loop stays free.
         self._forward_thread = ThreadPoolExecutor(1, thread_name_prefix="forward")
-        batched = ray_serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_timeout_s, max_concurrent_batches=1)
-        self._classify: Callable[[UInt8Array], Coroutine[Any, Any, Decision]] = batched(self._decide_batch)
+        self._batcher = Batcher(self._decide_batch, max_batch_size=config.max_batch_size, wait_s=config.batch_wait_timeout_s)
         self._explainer: Explainer | EnsembleExplainer | None = None
         # The first pass is slow (allocations, kernel choice) and shows whether the network works at all: better now than under a request.
         _require_number(self._predictor.decide(self._probe[None])[0])
@@ -76,7 +75,7 @@ class Classifier:
         EngineError
             The network's answer is not a number.
         """
-        return _require_number(await self._classify(patch)), self._speaker
+        return _require_number(await self._batcher.classify(patch)), self._speaker
 
     async def classify_many(self, patches: UInt8Array) -> tuple[list[Decision], Speaker]:
         """Decide about uint8 patches (n, patch_size_px, patch_size_px, 3), RGB, in one forward pass of their own; in order; raises as `classify`."""
@@ -104,7 +103,6 @@ class Classifier:
             _require_number((await self._decide_batch([self._probe]))[0])
 
     async def _decide_batch(self, patches: list[UInt8Array]) -> list[Decision]:
-        # Results keep the order of `patches`, which is how Serve hands each caller its own.
         decisions = await self._forward(lambda: self._predictor.decide(np.stack(patches)))
         measures().passed(len(patches))
         return decisions

@@ -43,8 +43,8 @@ class ServeConfig(Config):
     """Accept patches of another size than the bundle's and resize them; off because a resized patch has another magnification."""
     max_batch_size: Annotated[int, Field(ge=1)] = 16
     """Most patches in one forward pass."""
-    batch_wait_timeout_s: Annotated[float, Field(ge=0)] = 0.005
-    """How long a forward pass waits for company."""
+    batch_wait_timeout_s: Annotated[float, Field(ge=0)] = 0.0
+    """How long a forward pass waits for company where the engine is free; a busy one fills its batches by itself."""
     min_replicas: Annotated[int, Field(ge=1)] = 1
     """Replicas that are always up."""
     max_replicas: Annotated[int, Field(ge=1)] = 4

@@ -20,10 +20,17 @@ def test_shipped_files_pass(path: Path) -> None:
 
 def test_the_shipped_file_shows_every_field_with_its_default() -> None:
     content = yaml.safe_load((Path(serve.__file__).parent / "config.yaml").read_text())
+    assert content["applications"][0]["args"] == ServeConfig().model_dump()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "config.gpu.yaml"])
+def test_shipped_files_listen_on_this_machine_and_leave_timeouts_to_us(name: str) -> None:
+    content = yaml.safe_load((Path(serve.__file__).parent / name).read_text())
     args = content["applications"][0]["args"]
-    assert args == ServeConfig().model_dump()
+    assert args.keys() == ServeConfig().model_dump().keys()
     assert content["http_options"]["host"] == "127.0.0.1"
-    assert content["http_options"]["request_timeout_s"] > args["request_timeout_s"]
+    assert content["http_options"]["request_timeout_s"] > max(args["request_timeout_s"], args["batch_request_timeout_s"])
+    assert args["target_ongoing_requests"] <= args["max_ongoing_requests"]
 
 
 GOOD: dict[str, Any] = {
