@@ -1,7 +1,6 @@
 """The client library: against the application behind a real HTTP server, and against endpoints that fail."""
 
 import asyncio
-import threading
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from PIL import Image
 
 from sentinode import client as client_module
@@ -24,6 +22,7 @@ from serve.http_app import create_http_app
 from tests.factories import make_bundle, random_patches
 from tests.serve.backends import InProcess
 from tests.serve.patch_files import encode
+from tests.serve.servers import served
 
 KEY = "a-key-for-tests"
 
@@ -36,21 +35,8 @@ def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
 @pytest.fixture(scope="module")
 def url(predictor: Predictor) -> Iterator[str]:
     app = create_http_app(InProcess(predictor), predictor.manifest, ServeConfig(auth="keys", engine="torch"), [key_digest(KEY)])
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
-    started = threading.Event()
-    server.startup, startup = None, server.startup  # type: ignore[assignment]
-
-    async def startup_and_tell(*arguments: Any, **options: Any) -> None:
-        await startup(*arguments, **options)
-        started.set()
-
-    server.startup = startup_and_tell  # type: ignore[method-assign]
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    assert started.wait(30)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(30)
+    with served(app) as url:
+        yield url
 
 
 @pytest.fixture
