@@ -7,6 +7,7 @@ serve deploy serve/config.yaml --address http://head:8265         # a cluster
 import logging
 import math
 import os
+import warnings
 from typing import Any, Self
 
 from fastapi import FastAPI
@@ -107,20 +108,25 @@ def _with_bundle(args: ServeConfig) -> ServeConfig:
 
 def _deployment(cls: type, name: str, config: ServeConfig, cpus: float, gpus: float, target_ongoing_requests: float) -> ray_serve.Deployment:
     """Every setting that decides about behaviour under load is stated, so that no default of Ray's is taken by accident."""
-    return ray_serve.deployment(
-        cls,
-        name=name,
-        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
-        autoscaling_config=AutoscalingConfig(
+    with warnings.catch_warnings():
+        # Deprecated for variables of the processes of Ray, which on a cluster are not ours to set; it is what Ray 2.60 goes by.
+        warnings.filterwarnings("ignore", message="The `metrics_interval_s` field", category=DeprecationWarning)
+        scaling = AutoscalingConfig(
             min_replicas=config.min_replicas,
             initial_replicas=config.min_replicas,
             max_replicas=config.max_replicas,
             target_ongoing_requests=target_ongoing_requests,
             upscale_delay_s=config.upscale_delay_s,
             downscale_delay_s=config.downscale_delay_s,
-            # Load is averaged over this long. Ray's 30 s would make a quick upscale_delay_s pointless; it must exceed the 10 s between reports.
-            look_back_period_s=15.0,
-        ),
+            # Load is told so often, and averaged over so long. With Ray's 10 and 30 s a quick upscale_delay_s would be pointless.
+            metrics_interval_s=1.0,
+            look_back_period_s=3.0,
+        )
+    return ray_serve.deployment(
+        cls,
+        name=name,
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+        autoscaling_config=scaling,
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
