@@ -10,6 +10,7 @@ What may succeed when it is asked again is asked again: equal patches get equal 
 
 import asyncio
 import random
+import ssl
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,6 +34,13 @@ RETRIED_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 """What a later attempt may not meet: a busy or leaving replica, a proxy that has lost one."""
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 10.0
+
+# A proxy that has just started knows no routes yet, and says 404 where the endpoint would say a problem; an address that is wrong says it for ever.
+_STRANGE_404S = 5
+# Of a request with several files.
+_BYTES_PER_REQUEST = 32 * 1024 * 1024
+# Never repeated: they would fail again.
+_OUR_FAULTS = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
 
 Image = bytes | str | Path | UInt8Array
 """One patch: the bytes of an image file, the path of one, or pixels, uint8 (side, side, 3), RGB."""
@@ -63,6 +72,7 @@ class _Request:
     content: bytes | None = None
     files: list[tuple[str, tuple[str, bytes]]] | None = None
     content_type: str | None = None
+    is_batch: bool = False
 
     def options(self) -> dict[str, Any]:
         """Arguments of httpx beside method and path."""
@@ -77,6 +87,18 @@ class _Attempts:
     def __init__(self, give_up_after_s: float) -> None:
         self._until = time.monotonic() + give_up_after_s
         self._wait_s = FIRST_WAIT_S
+        self._strange_404s = 0
+
+    def is_answer(self, met: httpx.Response | httpx.TransportError) -> bool:
+        """Tell whether nothing else is to be had by asking again; raises UsageError for what cannot be sent at all."""
+        if isinstance(met, httpx.Response):
+            if met.status_code == 404 and not met.headers.get("content-type", "").startswith("application/problem+json"):
+                self._strange_404s += 1
+                return self._strange_404s > _STRANGE_404S
+            return met.status_code not in RETRIED_STATUSES
+        if isinstance(met, _OUR_FAULTS) or isinstance(_root(met), ssl.SSLCertVerificationError):
+            raise UsageError(f"the endpoint cannot be asked: {_root(met)}") from met
+        return False
 
     def wait_s(self, met: httpx.Response | httpx.TransportError) -> float:
         """Return how long to wait before the next attempt; raises UnavailableError where there is no time for one."""
@@ -91,6 +113,12 @@ class _Attempts:
             what = f"status {met.status_code}" if isinstance(met, httpx.Response) else type(met).__name__
             raise UnavailableError(f"the endpoint gave no answer in the time allowed; the last attempt met {what}")
         return wait_s
+
+
+def _root(error: BaseException) -> BaseException:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
 
 
 def _checked(response: httpx.Response) -> httpx.Response:
@@ -114,8 +142,6 @@ def _file_of(image: Image) -> bytes:
             return Path(image).read_bytes()
         except OSError as error:
             raise UsageError(f"{image}: cannot be read ({error.strerror})") from error
-    from io import BytesIO
-
     from PIL import Image as Pillow
 
     buffer = BytesIO()
@@ -138,22 +164,34 @@ def _one(image: Image, path: str, params: dict[str, Any]) -> _Request:
 
 
 def _several(files: Sequence[bytes], spacing_um_px: float | None) -> _Request:
-    return _Request("POST", "/v1/predict/batch", _spacing(spacing_um_px), files=[("files", ("patch", data)) for data in files])
+    parts = [("files", ("patch", data)) for data in files]
+    return _Request("POST", "/v1/predict/batch", _spacing(spacing_um_px), files=parts, is_batch=True)
 
 
 def _array(patches: UInt8Array, spacing_um_px: float | None) -> _Request:
-    content = np.ascontiguousarray(patches).tobytes()
-    return _Request("POST", "/v1/predict/batch", _spacing(spacing_um_px), content=content, content_type="application/octet-stream")
+    # With its shape: bare pixels of patches of another size may be a whole number of patches of the model's.
+    buffer = BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(patches), allow_pickle=False)
+    content = buffer.getvalue()
+    return _Request("POST", "/v1/predict/batch", _spacing(spacing_um_px), content=content, content_type="application/x-npy", is_batch=True)
 
 
 def _pieces(patches: UInt8Array, size: int) -> list[UInt8Array]:
     return [patches[start : start + size] for start in range(0, len(_patches(patches)), size)]
 
 
-def _predictions(response: httpx.Response) -> list[Prediction]:
+def _answers(response: httpx.Response, count: int) -> list[Prediction | Problem]:
+    """Return the answers to `count` patches; raises SentinodeError where there are not as many."""
+    found = BATCH.validate_json(response.content)
+    if len(found) != count:
+        raise SentinodeError(f"the endpoint gave {len(found)} answers for {count} patches")
+    return found
+
+
+def _predictions(response: httpx.Response, count: int) -> list[Prediction]:
     """Return the answers to an array, of which none can fail alone."""
     found = []
-    for answer in BATCH.validate_json(response.content):
+    for answer in _answers(response, count):
         if isinstance(answer, Problem):
             raise RequestRefusedError(answer)
         found.append(answer)
@@ -167,9 +205,59 @@ def _images_in(folder: str | Path) -> list[Path]:
     return found
 
 
-def _chunks(paths: Sequence[Path], size: int) -> Iterator[Sequence[Path]]:
-    for start in range(0, len(paths), size):
-        yield paths[start : start + size]
+def _chunks(paths: Iterable[str | Path], size: int) -> Iterator[list[Path]]:
+    """Yield so many paths at a time, fewer where their files are large."""
+    some: list[Path] = []
+    size_bytes = 0
+    for path in map(Path, paths):
+        own_bytes = path.stat().st_size if path.is_file() else 0
+        if some and (len(some) == size or size_bytes + own_bytes > _BYTES_PER_REQUEST):
+            yield some
+            some, size_bytes = [], 0
+        some.append(path)
+        size_bytes += own_bytes
+    if some:
+        yield some
+
+
+def _read(some: Sequence[Path]) -> tuple[list[bytes], list[Problem | None]]:
+    """Return the bytes of the files that can be sent, and in order of all why one cannot."""
+    data: list[bytes] = []
+    problems: list[Problem | None] = []
+    for path in some:
+        try:
+            if path.stat().st_size > _BYTES_PER_REQUEST:
+                problems.append(_local_problem(413, "body_too_large", "the file is far too large for a patch"))
+                continue
+            data.append(path.read_bytes())
+            problems.append(None)
+        except OSError as error:
+            problems.append(_local_problem(422, "unreadable", f"the file cannot be read ({error.strerror})"))
+    return data, problems
+
+
+def _local_problem(status: int, kind: str, detail: str) -> Problem:
+    return Problem(type=f"urn:sentinode:problem:{kind}", title="The file was not sent", status=status, detail=detail, request_id="")
+
+
+def _joined(
+    some: Sequence[Path], problems: Sequence[Problem | None], answers: Sequence[Prediction | Problem]
+) -> list[tuple[Path, Prediction | Problem]]:
+    """Return each path with its answer: its own problem, or the next of the endpoint's answers."""
+    given = iter(answers)
+    return [(path, problem if problem is not None else next(given)) for path, problem in zip(some, problems, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Limits:
+    one_s: float
+    give_up_one_s: float
+    batch_s: float
+    give_up_batch_s: float
+
+    def of(self, request: _Request) -> tuple[float, float]:
+        """Return the time for one attempt, and for all."""
+        return (self.batch_s, self.give_up_batch_s) if request.is_batch else (self.one_s, self.give_up_one_s)
 
 
 class Client:
@@ -181,9 +269,11 @@ class Client:
         E.g. `http://127.0.0.1:8000`.
     api_key : str or None
     timeout_s : float
-        For one attempt of a request.
+        For one attempt of a request about one patch.
     give_up_after_s : float
-        For a request with all its repetitions.
+        For a request about one patch, with all its repetitions.
+    batch_timeout_s, batch_give_up_after_s : float
+        The same for requests about several; the first should exceed the endpoint's `batch_request_timeout_s`.
     verify : bool or str
         Whether the server's certificate is checked, or the file of the authority to check it with.
     transport : httpx.BaseTransport or None
@@ -199,10 +289,12 @@ class Client:
         *,
         timeout_s: float = 60.0,
         give_up_after_s: float = 300.0,
+        batch_timeout_s: float = 320.0,
+        batch_give_up_after_s: float = 1800.0,
         verify: bool | str = True,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self._give_up_after_s = give_up_after_s
+        self._limits = _Limits(timeout_s, give_up_after_s, batch_timeout_s, batch_give_up_after_s)
         self._http = httpx.Client(base_url=url, headers=_key(api_key), timeout=timeout_s, verify=verify, transport=transport)
 
     def predict(self, image: Image, *, spacing_um_px: float | None = None) -> Prediction:
@@ -213,7 +305,7 @@ class Client:
         """Classify pixels, uint8 (n, side, side, 3), RGB; one answer per patch, in order."""
         found: list[Prediction] = []
         for piece in _pieces(patches, patches_per_request):
-            found += _predictions(self._send(_array(piece, spacing_um_px)))
+            found += _predictions(self._send(_array(piece, spacing_um_px)), len(piece))
         return found
 
     def predict_files(
@@ -222,22 +314,33 @@ class Client:
         """Classify image files, some requests at a time; yields (path, answer) in order. A file that cannot be used gets its problem for one."""
 
         def ask(some: Sequence[Path]) -> list[tuple[Path, Prediction | Problem]]:
-            response = self._send(_several([_file_of(path) for path in some], spacing_um_px))
-            return list(zip(some, BATCH.validate_json(response.content), strict=True))
+            data, problems = _read(some)
+            return _joined(some, problems, self._answers(data, spacing_um_px) if data else [])
 
-        chunks = _chunks([Path(path) for path in paths], files_per_request)
         waiting: deque[Future[list[tuple[Path, Prediction | Problem]]]] = deque()
-        with ThreadPoolExecutor(at_a_time, thread_name_prefix="predict") as pool:
-            try:
-                for some in chunks:
-                    waiting.append(pool.submit(ask, some))
-                    if len(waiting) > at_a_time:
-                        yield from waiting.popleft().result()
-                while waiting:
+        pool = ThreadPoolExecutor(at_a_time, thread_name_prefix="predict")
+        try:
+            for some in _chunks(paths, files_per_request):
+                waiting.append(pool.submit(ask, some))
+                if len(waiting) > at_a_time:
                     yield from waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            # Whoever stops in the middle does not wait for what is under way.
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _answers(self, data: list[bytes], spacing_um_px: float | None) -> list[Prediction | Problem]:
+        """Ask about files; where they are too much for one request, about half of them at a time, and one that is too much alone has its problem."""
+        try:
+            return _answers(self._send(_several(data, spacing_um_px)), len(data))
+        except RequestRefusedError as error:
+            if error.problem.status != 413:
+                raise
+            if len(data) == 1:
+                return [error.problem]
+            half = len(data) // 2
+            return self._answers(data[:half], spacing_um_px) + self._answers(data[half:], spacing_um_px)
 
     def predict_folder(self, folder: str | Path, **options: Any) -> Iterator[tuple[Path, Prediction | Problem]]:
         """Classify every image below a folder; options and answers as of `predict_files`."""
@@ -252,13 +355,14 @@ class Client:
         return ModelCard.model_validate_json(self._send(_Request("GET", "/v1/model", {})).content)
 
     def _send(self, request: _Request) -> httpx.Response:
-        attempts = _Attempts(self._give_up_after_s)
+        timeout_s, give_up_after_s = self._limits.of(request)
+        attempts = _Attempts(give_up_after_s)
         while True:
             try:
-                met: httpx.Response | httpx.TransportError = self._http.request(request.method, request.path, **request.options())
+                met: httpx.Response | httpx.TransportError = self._http.request(request.method, request.path, timeout=timeout_s, **request.options())
             except httpx.TransportError as error:
                 met = error
-            if isinstance(met, httpx.Response) and met.status_code not in RETRIED_STATUSES:
+            if attempts.is_answer(met) and isinstance(met, httpx.Response):
                 return _checked(met)
             time.sleep(attempts.wait_s(met))
 
@@ -283,10 +387,12 @@ class AsyncClient:
         *,
         timeout_s: float = 60.0,
         give_up_after_s: float = 300.0,
+        batch_timeout_s: float = 320.0,
+        batch_give_up_after_s: float = 1800.0,
         verify: bool | str = True,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self._give_up_after_s = give_up_after_s
+        self._limits = _Limits(timeout_s, give_up_after_s, batch_timeout_s, batch_give_up_after_s)
         # As many connections as there are requests: a caller bounds these.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
         self._http = httpx.AsyncClient(base_url=url, headers=_key(api_key), timeout=timeout_s, verify=verify, transport=transport, limits=limits)
@@ -300,7 +406,7 @@ class AsyncClient:
         """See `Client.predict_array`."""
         found: list[Prediction] = []
         for piece in _pieces(patches, patches_per_request):
-            found += _predictions(await self._send(_array(piece, spacing_um_px)))
+            found += _predictions(await self._send(_array(piece, spacing_um_px)), len(piece))
         return found
 
     async def predict_files(
@@ -309,13 +415,12 @@ class AsyncClient:
         """See `Client.predict_files`."""
 
         async def ask(some: Sequence[Path]) -> list[tuple[Path, Prediction | Problem]]:
-            data = await asyncio.to_thread(lambda: [_file_of(path) for path in some])
-            response = await self._send(_several(data, spacing_um_px))
-            return list(zip(some, BATCH.validate_json(response.content), strict=True))
+            data, problems = await asyncio.to_thread(_read, some)
+            return _joined(some, problems, await self._answers(data, spacing_um_px) if data else [])
 
         waiting: deque[asyncio.Task[list[tuple[Path, Prediction | Problem]]]] = deque()
         try:
-            for some in _chunks([Path(path) for path in paths], files_per_request):
+            for some in _chunks(paths, files_per_request):
                 waiting.append(asyncio.create_task(ask(some)))
                 if len(waiting) >= at_a_time:
                     for pair in await waiting.popleft():
@@ -326,6 +431,17 @@ class AsyncClient:
         finally:
             for task in waiting:
                 task.cancel()
+
+    async def _answers(self, data: list[bytes], spacing_um_px: float | None) -> list[Prediction | Problem]:
+        try:
+            return _answers(await self._send(_several(data, spacing_um_px)), len(data))
+        except RequestRefusedError as error:
+            if error.problem.status != 413:
+                raise
+            if len(data) == 1:
+                return [error.problem]
+            half = len(data) // 2
+            return await self._answers(data[:half], spacing_um_px) + await self._answers(data[half:], spacing_um_px)
 
     async def predict_folder(self, folder: str | Path, **options: Any) -> AsyncIterator[tuple[Path, Prediction | Problem]]:
         """See `Client.predict_folder`."""
@@ -341,13 +457,16 @@ class AsyncClient:
         return ModelCard.model_validate_json((await self._send(_Request("GET", "/v1/model", {}))).content)
 
     async def _send(self, request: _Request) -> httpx.Response:
-        attempts = _Attempts(self._give_up_after_s)
+        timeout_s, give_up_after_s = self._limits.of(request)
+        attempts = _Attempts(give_up_after_s)
         while True:
             try:
-                met: httpx.Response | httpx.TransportError = await self._http.request(request.method, request.path, **request.options())
+                met: httpx.Response | httpx.TransportError = await self._http.request(
+                    request.method, request.path, timeout=timeout_s, **request.options()
+                )
             except httpx.TransportError as error:
                 met = error
-            if isinstance(met, httpx.Response) and met.status_code not in RETRIED_STATUSES:
+            if attempts.is_answer(met) and isinstance(met, httpx.Response):
                 return _checked(met)
             await asyncio.sleep(attempts.wait_s(met))
 

@@ -4,6 +4,7 @@ serve run serve/config.yaml                                       # this machine
 serve deploy serve/config.yaml --address http://head:8265         # a cluster
 """
 
+import asyncio
 import logging
 import math
 import os
@@ -194,8 +195,13 @@ class _Hop:
     async def _asked(self, method: Any, *arguments: Any) -> Any:
         lost: RayActorError | None = None
         for _ in range(HOP_ATTEMPTS):
+            response = method.remote(*arguments)
             try:
-                return await method.remote(*arguments)
+                return await response
+            except asyncio.CancelledError:
+                # A caller that has gone away, or was timed out: else the classifier would work for nobody.
+                response.cancel()
+                raise
             except BackPressureError as error:
                 raise Overloaded(math.ceil(error.retry_after_s or RETRY_AFTER_S)) from error
             except RayTaskError as error:

@@ -55,10 +55,10 @@ class WatchedBackend:
         self._probing = asyncio.Lock()
 
     async def classify(self, patch: UInt8Array) -> tuple[Decision, Speaker]:
-        return await self._watched(self._backend.classify(patch))
+        return self._succeeded(await self._watched(self._backend.classify(patch)))
 
     async def classify_many(self, patches: UInt8Array) -> tuple[list[Decision], Speaker]:
-        return await self._watched(self._backend.classify_many(patches))
+        return self._succeeded(await self._watched(self._backend.classify_many(patches)))
 
     async def explain(self, patch: UInt8Array, opacity: float) -> tuple[UInt8Array, Speaker]:
         return await self._watched(self._backend.explain(patch, opacity))
@@ -88,5 +88,8 @@ class WatchedBackend:
             # The boundary to the model: whatever broke there, the caller learns that trying again may help, the log learns what it was.
             logger.exception("the engine failed")
             raise ProblemError("engine_failed", "the model could not be reached or failed; try again", {"Retry-After": "1"}) from error
+        return answer
+
+    def _succeeded(self, answer: _Answer) -> _Answer:
         self._last_success = time.monotonic()
         return answer

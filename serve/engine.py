@@ -95,9 +95,10 @@ class Classifier:
 
     async def check_health(self) -> None:
         """Raise if the network hangs or does not work. Called by Serve, which replaces the replica after some such answers."""
-        if self._running_since is not None:
+        running_since = self._running_since
+        if running_since is not None:
             # A probe would only wait behind what runs.
-            if time.monotonic() - self._running_since > self._engine_timeout_s:
+            if time.monotonic() - running_since > self._engine_timeout_s:
                 raise EngineError(f"a forward pass has been running for more than {self._engine_timeout_s:g} s")
         elif time.monotonic() - self._last_pass_at >= PROBE_AFTER_IDLE_S:
             _require_number((await self._decide_batch([self._probe]))[0])
@@ -111,11 +112,11 @@ class Classifier:
         """Run the network in its thread, where passes take turns."""
 
         def run() -> _Result:
-            self._running_since = time.monotonic()
+            started = self._running_since = time.monotonic()
             try:
                 return work()
             finally:
-                measures().engine(time.monotonic() - self._running_since)
+                measures().engine(time.monotonic() - started)
                 self._last_pass_at, self._running_since = time.monotonic(), None
 
         return await asyncio.get_running_loop().run_in_executor(self._forward_thread, run)

@@ -63,15 +63,15 @@ def create_http_app(
     app.include_router(router, include_in_schema=False)
     app.include_router(web_page_router(), include_in_schema=False)
     _add_problem_handlers(app)
-    # Added last = outermost: unread bodies, then id, deadline and log line, then other origins, then key, then body limit, then the routes.
+    # Added last = outermost: unread bodies, then other origins, then id, deadline and log line, then key, then body limit, then the routes.
     app.add_middleware(BodyLimit, limits_of=lambda scope: _limits(scope, config))
     if config.auth == "keys":
         app.add_middleware(ApiKeys, digests=key_digests, is_protected=lambda scope: _is_protected(app, scope))
+    app.add_middleware(RequestContext, timeout_s_of=lambda scope: _limits(scope, config).request_timeout_s, echo_request_id=echo_request_id)
     if config.cors_origins:
         exposed = ["X-Request-ID", "Retry-After", "X-Model-Digest"]
         methods, headers = ["GET", "POST"], ["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"]
         app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=methods, allow_headers=headers, expose_headers=exposed)
-    app.add_middleware(RequestContext, timeout_s_of=lambda scope: _limits(scope, config).request_timeout_s, echo_request_id=echo_request_id)
     app.add_middleware(DrainRefused)
     return app
 
@@ -83,7 +83,7 @@ def _path(scope: Scope) -> str:
 
 def _limits(scope: Scope, config: ServeConfig) -> Limits:
     if _path(scope).removeprefix(VERSION_PREFIX) == BATCH_ROUTE:
-        return Limits(config.max_batch_body_bytes, config.body_timeout_s, None, config.batch_request_timeout_s)
+        return Limits(config.max_batch_body_bytes, config.body_timeout_s, None, config.batch_request_timeout_s, needs_length=True)
     return Limits(config.max_body_bytes, config.body_timeout_s, config.body_timeout_s, config.request_timeout_s)
 
 

@@ -14,7 +14,7 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 from sentinode.errors import SentinodeError, UsageError
 
 START_TIMEOUT_S = 180.0
-PROXY_SLACK_S = 5.0
+PROXY_SLACK_S = 10.0
 """Serve's own timeout lies this much above ours, so that callers get our 504 with its request id and not the proxy's bare 408."""
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.auth import is_known_key, offered_key
@@ -26,8 +27,19 @@ logger = logging.getLogger("ray.serve.sentinode")
 REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _CLIENT_WENT_AWAY = 499
+# Of what a refused caller still sends. Short: the caller holds a place in the replica meanwhile, and need not have a key.
 _DRAIN_BYTES = 32 * 1024 * 1024
-_DRAIN_TIMEOUT_S = 5.0
+_DRAIN_TIMEOUT_S, _DRAIN_IDLE_S = 2.0, 0.25
+# A body that may take longer than `body_timeout_s` must come at least so fast.
+_SLOWEST_BYTES_PER_S = 16 * 1024
+# The end of a body, in which a form's last boundary is.
+_TAIL_BYTES = 256
+
+
+def tail_of_body(scope: Scope) -> bytes:
+    """Return the last bytes of the body, 256 at most, as far as it was read."""
+    tail: bytes = scope["state"].get("body_tail", b"")
+    return tail
 
 
 def request_id_of(scope: Scope) -> str:
@@ -68,13 +80,15 @@ class RequestContext:
         async def send_and_note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
                 headers = MutableHeaders(scope=message)
                 # Predictions belong to the caller, not to caches on the way.
                 headers["Cache-Control"] = "no-store"
                 if self._echo_request_id:
                     headers[REQUEST_ID_HEADER] = request_id
             await send(message)
+            if message["type"] == "http.response.start":
+                # After it: the deadline may fall before anything was sent.
+                status = message["status"]
 
         try:
             if valid:
@@ -90,6 +104,8 @@ class RequestContext:
         except asyncio.CancelledError:
             status = status or _CLIENT_WENT_AWAY
             raise
+        except ClientDisconnect:
+            status = status or _CLIENT_WENT_AWAY
         except Exception:
             logger.exception("unexpected error", extra={"request_id": request_id})
             if status is not None:
@@ -146,6 +162,8 @@ class Limits:
     """Longest time until a body is whole; None = as long as the request may take."""
     request_timeout_s: float
     """Longest time until an answer begins."""
+    needs_length: bool = False
+    """Whether a body must announce its length. Ray reads bodies ahead of us, so a large one must be refused before it comes."""
 
 
 class BodyLimit:
@@ -170,10 +188,15 @@ class BodyLimit:
         too_large = f"a request body may have {limits.max_bytes} bytes at most"
         announced = Headers(scope=scope).get("content-length", "")
         # `isdecimal` alone admits other scripts' digits, which int() reads too; a length that is not a number is counted instead.
-        if announced.isascii() and announced.isdecimal() and int(announced) > limits.max_bytes:
+        is_number = announced.isascii() and announced.isdecimal()
+        if is_number and int(announced) > limits.max_bytes:
             await problem_response("body_too_large", too_large, request_id_of(scope))(scope, receive, send)
             return
+        if limits.needs_length and not is_number and scope["method"] == "POST":
+            await problem_response("length_required", "send the body's Content-Length", request_id_of(scope))(scope, receive, send)
+            return
         received, whole, began = 0, False, time.monotonic()
+        state = scope.setdefault("state", {})
 
         async def receive_and_count() -> Message:
             nonlocal received, whole
@@ -189,9 +212,14 @@ class BodyLimit:
                 raise ProblemError("body_timeout", "the body did not come in time; try again", {"Retry-After": "1"}) from error
             whole = message["type"] != "http.request" or not message.get("more_body", False)
             if message["type"] == "http.request":
-                received += len(message.get("body", b""))
+                body = message.get("body", b"")
+                received += len(body)
+                state["body_tail"] = (state.get("body_tail", b"") + body[-_TAIL_BYTES:])[-_TAIL_BYTES:]
                 if received > limits.max_bytes:
                     raise ProblemError("body_too_large", too_large)
+                taken_s = time.monotonic() - began
+                if not whole and taken_s > limits.idle_timeout_s and received < taken_s * _SLOWEST_BYTES_PER_S:
+                    raise ProblemError("body_timeout", "the body comes too slowly; try again", {"Retry-After": "1"})
             return message
 
         await self._app(scope, receive_and_count, send)
@@ -223,7 +251,8 @@ class DrainRefused:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_DRAIN_TIMEOUT_S):
                     while not finished and left > 0:
-                        left -= len((await receive_and_note()).get("body", b""))
+                        async with asyncio.timeout(_DRAIN_IDLE_S):
+                            left -= len((await receive_and_note()).get("body", b""))
 
         async def send_after_draining(message: Message) -> None:
             # A client that asked first (Expect: 100-continue) has sent nothing yet and needs no more than the answer.

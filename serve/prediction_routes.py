@@ -23,7 +23,7 @@ from sentinode.probability import Decision
 from serve.backend import WatchedBackend
 from serve.batch_body import ARRAY_TYPES, pieces_of_array
 from serve.measures import measures
-from serve.middleware import request_id_of
+from serve.middleware import request_id_of, tail_of_body
 from serve.patches import patch_from_bytes
 from serve.problems import PROBLEM_MEDIA_TYPE, ProblemError, problem_of
 
@@ -35,6 +35,7 @@ _WHAT = {
     401: "No key, or an unknown one",
     404: "There is no such thing",
     408: "The body did not come in time",
+    411: "The body has no length",
     413: "Body too large",
     415: "Image format or content type not accepted",
     422: "Not one usable patch",
@@ -92,7 +93,7 @@ def prediction_router(backend: WatchedBackend, manifest: BundleManifest, config:
     router, side, tell = APIRouter(dependencies=keys), manifest.patch_size_px, _Tellers(config)
     what = f"TIFF, PNG, JPEG or WebP, {side}x{side}, 8-bit RGB"
     card = ModelCard.of(manifest)
-    reading = asyncio.Semaphore(config.max_batch_requests)
+    reading = 0
 
     async def one_patch(request: Request, file: UploadFile) -> UInt8Array:
         # FastAPI would take the last of several and answer about that one.
@@ -119,7 +120,7 @@ def prediction_router(backend: WatchedBackend, manifest: BundleManifest, config:
         summary="Classify many patches",
         tags=["prediction"],
         response_model=list[Prediction | Problem],
-        responses=documented(400, 401, 408, 413, 415, 422, 429, 500, 503, 504),
+        responses=documented(400, 401, 408, 411, 413, 415, 422, 429, 500, 503, 504),
         openapi_extra={"requestBody": _batch_body(side, what, config.max_batch_patches)},
     )
     async def predict_batch(request: Request, spacing_um_px: Spacing = None) -> Response:
@@ -128,9 +129,14 @@ def prediction_router(backend: WatchedBackend, manifest: BundleManifest, config:
         A file that cannot be used fails alone: its place in the list holds the problem (it has `status`, a prediction has `prediction`).
         Send files in the form field `files`, or pixels as an array: uint8, n x side x side x 3, RGB, raw or as an .npy file.
         """
+        nonlocal reading
         request_id = request_id_of(request.scope)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        async with reading:
+        if reading >= config.max_batch_requests:
+            # Refused, not kept waiting: Ray reads bodies ahead, so those that wait would fill the memory, and places that others need.
+            raise ProblemError("overloaded", "other batches are being read; try again", {"Retry-After": "1"})
+        reading += 1
+        try:
             if kind in ARRAY_TYPES:
                 pieces = _array_pieces(request, side, config)
             elif kind == "multipart/form-data":
@@ -144,7 +150,9 @@ def prediction_router(backend: WatchedBackend, manifest: BundleManifest, config:
                     if bad is None:
                         answers.append(tell.prediction(*next(of_good), request_id, spacing_um_px))
                     else:
-                        answers.append(problem_of(bad.code, str(bad), request_id))
+                        answers.append(problem_of(*bad, request_id))
+        finally:
+            reading -= 1
         return Response(await run_in_threadpool(BATCH.dump_json, answers), media_type="application/json")
 
     @router.post(
@@ -183,15 +191,26 @@ def _batch_body(side: int, what: str, max_patches: int) -> dict[str, Any]:
 
 
 async def _files_of(request: Request, max_patches: int) -> list[ReceivedFile]:
-    form = await request.form(max_files=max_patches, max_fields=16)
+    """Return the files of a form, all of them: one that was passed over would shift the answers of those after it."""
+    # One more, so that it is us who refuse.
+    form = await request.form(max_files=max_patches + 1, max_fields=16)
+    boundary = request.headers["content-type"].partition("boundary=")[2].partition(";")[0].strip().strip('"')
+    if not tail_of_body(request.scope).rstrip().endswith(f"--{boundary}--".encode("latin-1")):
+        raise ProblemError("malformed_body", "the form does not end with its boundary: a part of it is missing")
     files = [value for key, value in form.multi_items() if key == "files" and isinstance(value, ReceivedFile)]
     if not files:
         raise ProblemError("missing_file", "expected multipart/form-data with the images as files in the field `files`")
+    if len(files) < len(form.multi_items()):
+        raise ProblemError("invalid_request", "the form holds something that is not a file of the field `files`")
+    if len(files) > max_patches:
+        raise ProblemError("too_many_patches", f"a request may hold {max_patches} patches at most")
     return files
 
 
+# What is wrong with a patch: kind and detail of a problem.
+_Wrong = tuple[str, str]
 # A piece of a batch: the patches that can be used, and in order of all what is wrong with each; None = nothing.
-_Piece = tuple[UInt8Array, Sequence[PatchError | None]]
+_Piece = tuple[UInt8Array, Sequence[_Wrong | None]]
 
 
 async def _array_pieces(request: Request, side: int, config: ServeConfig) -> AsyncIterator[_Piece]:
@@ -202,27 +221,31 @@ async def _array_pieces(request: Request, side: int, config: ServeConfig) -> Asy
 async def _file_pieces(files: list[ReceivedFile], side: int, config: ServeConfig) -> AsyncIterator[_Piece]:
     for start in range(0, len(files), config.max_batch_size):
         data = [await file.read() for file in files[start : start + config.max_batch_size]]
-        yield await run_in_threadpool(_decoded, data, side, config.allow_resize)
+        yield await run_in_threadpool(_decoded, data, side, config)
 
 
-def _decoded(files: list[bytes], side: int, allow_resize: bool) -> _Piece:
+def _decoded(files: list[bytes], side: int, config: ServeConfig) -> _Piece:
     patches: list[UInt8Array] = []
-    problems: list[PatchError | None] = []
+    wrong: list[_Wrong | None] = []
     for data in files:
+        if len(data) > config.max_body_bytes:
+            # As for one patch: decoding a large file takes long, whatever it shows.
+            wrong.append(("body_too_large", f"a file may have {config.max_body_bytes} bytes at most"))
+            continue
         try:
-            patches.append(patch_from_bytes(data, side, allow_resize))
-            problems.append(None)
+            patches.append(patch_from_bytes(data, side, config.allow_resize))
+            wrong.append(None)
         except PatchError as error:
-            problems.append(error)
-    return (np.stack(patches) if patches else np.empty((0, side, side, 3), np.uint8)), problems
+            wrong.append((error.code, str(error)))
+    return (np.stack(patches) if patches else np.empty((0, side, side, 3), np.uint8)), wrong
 
 
 _Decided = list[tuple[Decision, Speaker]]
 
 
-async def _classified(pieces: AsyncIterator[_Piece], backend: WatchedBackend) -> AsyncIterator[tuple[Sequence[PatchError | None], _Decided]]:
+async def _classified(pieces: AsyncIterator[_Piece], backend: WatchedBackend) -> AsyncIterator[tuple[Sequence[_Wrong | None], _Decided]]:
     """Classify pieces in order, the next one being read while one is with the engine."""
-    waiting: list[tuple[Sequence[PatchError | None], asyncio.Task[_Decided]]] = []
+    waiting: list[tuple[Sequence[_Wrong | None], asyncio.Task[_Decided]]] = []
     try:
         async for patches, problems in pieces:
             if len(waiting) == PIECES_IN_FLIGHT:

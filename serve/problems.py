@@ -37,6 +37,7 @@ KINDS: dict[str, ProblemKind] = {
     "wrong_length": ProblemKind(422, "The body has the wrong length"),
     "too_many_patches": ProblemKind(413, "The request holds too many patches"),
     "not_explainable": ProblemKind(404, "There is no map of this model"),
+    "length_required": ProblemKind(411, "The request body must announce its length"),
     "body_timeout": ProblemKind(408, "The request body did not come in time"),
     "unsupported_media_type": ProblemKind(415, "The content type is not accepted"),
     "malformed_body": ProblemKind(400, "The request body cannot be read"),

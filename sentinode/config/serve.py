@@ -29,10 +29,11 @@ class ServeConfig(Config):
     """The same for `/predict/batch`; 128 MiB hold 4,804 TIFs of 96x96."""
     max_batch_patches: Annotated[int, Field(ge=1)] = 4096
     """Most patches in one request to `/predict/batch`."""
-    max_batch_requests: Annotated[int, Field(ge=1)] = 2
-    """Requests to `/predict/batch` that one replica reads at a time; others wait before their bodies are read, which bounds its memory."""
+    max_batch_requests: Annotated[int, Field(ge=1)] = 4
+    """Requests to `/predict/batch` that one replica works on at a time; more are answered 429, which bounds the memory that bodies take."""
     body_timeout_s: Annotated[float, Field(gt=0)] = 10
-    """A body that stops coming for this long, or to routes for one patch is not whole by then, is answered 408: slow callers hold no replica."""
+    """A body that stops coming for this long is answered 408, and so is one that is not whole by then (routes for one patch) or comes with less than
+    16 KiB/s (`/predict/batch`): slow callers hold no replica."""
     cors_origins: list[str] = []
     """Origins, like https://viewer.example.org, whose web pages may call; empty = none but our own."""
     expect_spacing: bool = False

@@ -12,6 +12,7 @@ const REASONS = {
   wrong_spacing: "Its pixel size differs from what the model was trained on.",
   unknown_spacing: "Its pixel size was not given.",
 };
+const MAP_NOTE = $("map-note").textContent;
 const items = [];
 let selected = null;
 let key = sessionStorage.getItem("sentinode-key") || "";
@@ -65,7 +66,15 @@ async function work() {
     if (!item) return;
     item.begun = true;
     running += 1;
-    predict(item).then(() => { running -= 1; item.done = true; show(); if (selected === null) select(item); else if (selected === item) showDetail(); work(); });
+    predict(item).then(() => {
+      running -= 1;
+      item.done = true;
+      work();
+      if (!items.includes(item)) return; // cleared meanwhile
+      show();
+      if (selected === null) select(item);
+      else if (selected === item) showDetail();
+    });
   }
 }
 
@@ -131,6 +140,8 @@ function showDetail() {
   $("detail").hidden = item === null;
   if (item === null) return;
   const answer = item.answer;
+  $("map-note").textContent = MAP_NOTE;
+  $("map-note").classList.remove("problem");
   $("file-name").textContent = item.file.name;
   $("problem").hidden = !item.problem;
   $("problem").textContent = item.problem || "";
@@ -158,10 +169,11 @@ async function loadPictures(item) {
   if (item.loading) return;
   item.loading = true;
   try {
-    item.patch = item.patch || await picture(item, 0);
-    if (selected === item) $("patch").src = item.patch;
-    item.map = item.map || await picture(item, 1);
-    if (selected === item) { $("map").src = item.map; $("map-note").classList.remove("problem"); }
+    for (const [name, opacity] of [["patch", 0], ["map", 1]]) {
+      item[name] = item[name] || await picture(item, opacity);
+      if (!items.includes(item)) { URL.revokeObjectURL(item[name]); return; }
+      if (selected === item) $(name).src = item[name];
+    }
   } catch (error) {
     item.loading = false;
     if (selected === item) { $("map-note").textContent = error.message; $("map-note").classList.add("problem"); }

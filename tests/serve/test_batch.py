@@ -143,8 +143,41 @@ def test_other_kinds_of_bodies_are_refused(client: TestClient) -> None:
 def test_more_files_than_allowed_are_refused(predictor: Predictor) -> None:
     with TestClient(app_of(predictor, max_batch_patches=3)) as client:
         response = client.post("/v1/predict/batch", files=[("files", ("p", b"x"))] * 4)
-    assert response.status_code == 400
-    assert "Too many files" in response.json()["detail"]
+        assert (response.status_code, response.json()["type"]) == (413, "urn:sentinode:problem:too_many_patches")
+        assert client.post("/v1/predict/batch", files=[("files", ("p", b"x"))] * 3).status_code == 200
+
+
+def test_a_form_of_which_a_part_would_be_passed_over_is_refused(client: TestClient) -> None:
+    part = b'--b\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+    tif = encode(PATCHES[0])
+    one = part % (b"files", b'; filename="p"', tif)
+    bad = {
+        "no name of a file": one + part % (b"files", b"", b"text") + one + b"--b--\r\n",
+        "another field": one + part % (b"file", b'; filename="p"', tif) + b"--b--\r\n",
+        "no last boundary": one + one[: len(one) // 2],
+        "no last boundary after a whole part": one + b"--b\r\n",
+    }
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    for name, body in bad.items():
+        response = client.post("/v1/predict/batch", content=body, headers=headers)
+        assert response.status_code in (400, 422), name
+        assert response.json()["type"].rpartition(":")[2] in ("invalid_request", "malformed_body"), name
+    for quoted in ('multipart/form-data; boundary="b"', "multipart/form-data; boundary=b; charset=utf-8"):
+        assert client.post("/v1/predict/batch", content=one + one + b"--b--", headers={"content-type": quoted}).status_code == 200
+
+
+def test_a_file_that_is_too_large_for_predict_is_so_in_a_batch(predictor: Predictor) -> None:
+    with TestClient(app_of(predictor, max_body_bytes=40_000)) as client:
+        response = client.post("/v1/predict/batch", files=[("files", ("p", data)) for data in (bytes(50_000), encode(PATCHES[0]))])
+    assert [answer.get("type", "answered") for answer in response.json()] == ["urn:sentinode:problem:body_too_large", "answered"]
+
+
+def test_a_body_without_its_length_is_refused_unread(client: TestClient) -> None:
+    def body() -> Iterator[bytes]:
+        yield PATCHES.tobytes()
+
+    response = client.post("/v1/predict/batch", content=body(), headers={"content-type": "application/octet-stream"})
+    assert (response.status_code, response.json()["type"]) == (411, "urn:sentinode:problem:length_required")
 
 
 def test_a_batch_may_be_larger_than_one_patch_may(predictor: Predictor) -> None:
@@ -185,7 +218,8 @@ def test_the_engine_works_while_the_body_still_comes_and_no_more_than_two_pieces
     async def run() -> httpx.Response:
         transport = httpx.ASGITransport(app_of(predictor, backend))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.post("/v1/predict/batch", content=body(), headers={"content-type": "application/octet-stream"})
+            headers = {"content-type": "application/octet-stream", "content-length": str(30 * SIDE)}
+            return await client.post("/v1/predict/batch", content=body(), headers=headers)
 
     response = asyncio.run(run())
     assert len(response.json()) == 30
@@ -210,25 +244,29 @@ def test_an_array_is_refused_as_soon_as_it_is_too_long() -> None:
     assert read == 3
 
 
-def test_requests_beyond_those_that_are_read_at_a_time_wait_and_are_answered(predictor: Predictor) -> None:
+def test_more_batches_than_are_worked_on_at_a_time_are_asked_to_come_again(predictor: Predictor) -> None:
     reading, most = 0, 0
 
     async def run() -> list[httpx.Response]:
         async def body() -> AsyncIterator[bytes]:
             nonlocal reading, most
-            reading += 1
-            most = max(most, reading)
-            for patch in PATCHES[:10]:
+            for number, patch in enumerate(PATCHES[:10]):
                 yield patch.tobytes()
+                if number == 0:
+                    reading += 1
+                    most = max(most, reading)
                 await asyncio.sleep(0.005)
             reading -= 1
 
         transport = httpx.ASGITransport(app_of(predictor, max_batch_requests=2))
         async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
-            headers = {"content-type": "application/octet-stream"}
-            return await asyncio.gather(*(client.post("/v1/predict/batch", content=body(), headers=headers) for _ in range(6)))
+            headers = {"content-type": "application/octet-stream", "content-length": str(10 * SIDE)}
+            first = await asyncio.gather(*(client.post("/v1/predict/batch", content=body(), headers=headers) for _ in range(6)))
+            return [*first, await client.post("/v1/predict/batch", content=body(), headers=headers)]
 
-    responses = asyncio.run(run())
-    assert {response.status_code for response in responses} == {200}
-    assert len({json.dumps(probabilities(response)) for response in responses}) == 1
-    assert most == 2
+    *first, last = asyncio.run(run())
+    assert sorted(response.status_code for response in first) == [200, 200, 429, 429, 429, 429]
+    refused = next(response for response in first if response.status_code == 429)
+    assert (refused.json()["type"], refused.headers["retry-after"]) == ("urn:sentinode:problem:overloaded", "1")
+    assert len({json.dumps(probabilities(response)) for response in [*first, last] if response.status_code == 200}) == 1
+    assert last.status_code == 200

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -15,7 +16,7 @@ from sentinode import client as client_module
 from sentinode.answers import Prediction, Problem
 from sentinode.client import AsyncClient, Client, RequestRefusedError, UnavailableError
 from sentinode.config import ServeConfig
-from sentinode.errors import UsageError
+from sentinode.errors import SentinodeError, UsageError
 from sentinode.predictor import Predictor
 from serve.auth import key_digest
 from serve.http_app import create_http_app
@@ -104,6 +105,10 @@ def test_arrays_are_sent_in_pieces_and_answered_in_order(url: str, predictor: Pr
         for answers in (client.predict_array(patches, patches_per_request=10), asyncio.run(run())):
             assert [answer.probabilities.Metastatic for answer in answers] == pytest.approx(wanted, abs=1e-5)
         assert client.predict_array(patches[:0]) == []
+        # Of twice the side, each would be four patches.
+        for side in (48, 192):
+            with pytest.raises(RequestRefusedError, match=rf"the array has shape \(5, {side}, {side}, 3\)"):
+                client.predict_array(random_patches(5, side_px=side))
         with pytest.raises(UsageError, match=r"got float64 \(37, 96, 96, 3\); expected uint8"):
             client.predict_array(patches / 255)
 
@@ -144,9 +149,9 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     async def sleep_async(seconds: float) -> None:
         sleep(seconds)
 
-    monkeypatch.setattr(client_module.time, "sleep", sleep)
-    monkeypatch.setattr(client_module.time, "monotonic", lambda: now)
-    monkeypatch.setattr(client_module.asyncio, "sleep", sleep_async)
+    # The client's own: other threads have a clock too.
+    monkeypatch.setattr(client_module, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now))
+    monkeypatch.setattr(client_module, "asyncio", SimpleNamespace(sleep=sleep_async))
     return waited
 
 
@@ -230,7 +235,58 @@ def test_file_names_and_paths_are_not_sent(tmp_path: Path) -> None:
     path.write_bytes(b"pixels")
     with Client("http://test", transport=httpx.MockTransport(handle)) as client:
         client.explain(path)
-        with pytest.raises(ValueError, match="shorter"):
+        with pytest.raises(SentinodeError, match="0 answers for 1 patches"):
             list(client.predict_files([path]))
     assert len(seen) == 2
     assert not any(b"patient" in one for one in seen)
+
+
+def test_files_that_cannot_be_sent_have_their_problem_and_the_others_their_answer(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large, missing = folder / "a" / "large.tif", folder / "a" / "gone.tif"
+    large.write_bytes(bytes(3_000_000))
+    monkeypatch.setattr(client_module, "_BYTES_PER_REQUEST", 2_000_000)
+    paths = [folder / "a" / "00.tif", large, missing, folder / "b" / "01.tif"]
+
+    async def run() -> list[tuple[Path, Prediction | Problem]]:
+        async with AsyncClient(url, KEY) as client:
+            return [pair async for pair in client.predict_files(paths)]
+
+    with Client(url, KEY) as client:
+        for answers in (list(client.predict_files(paths)), asyncio.run(run())):
+            assert [path for path, _ in answers] == paths
+            kinds = [answer.type.rpartition(":")[2] if isinstance(answer, Problem) else answer.prediction for _, answer in answers]
+            assert kinds[1:3] == ["body_too_large", "unreadable"]
+            assert {kinds[0], kinds[3]} <= {"Normal", "Metastatic"}
+
+
+def test_what_is_too_much_for_one_request_is_sent_in_parts() -> None:
+    seen: list[int] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        count = request.read().count(b"filename")
+        seen.append(count)
+        problem = {"type": "t", "title": "large", "status": 413, "detail": "too large", "request_id": "r"}
+        if count > 3:
+            return httpx.Response(413, json=problem, headers={"content-type": "application/problem+json"})
+        return httpx.Response(200, json=[problem] * count)
+
+    with Client("http://test", transport=httpx.MockTransport(handle)) as client:
+        assert len(client._answers([b"x"] * 10, None)) == 10
+    assert seen == [10, 5, 2, 3, 5, 2, 3]
+
+
+def test_an_address_that_cannot_be_asked_is_told_at_once(waits: list[float]) -> None:
+    with Client("127.0.0.1:8000") as client, pytest.raises(UsageError, match=r"cannot be asked: .*protocol"):
+        client.model()
+    assert waits == []
+
+
+def test_a_proxy_that_knows_no_routes_yet_is_asked_again_and_an_address_without_an_endpoint_is_told(waits: list[float]) -> None:
+    handle, bodies = failing(404, 404)
+    with Client("http://test", transport=httpx.MockTransport(handle)) as client:
+        assert client.explain(b"an image") == b"png"
+    assert len(bodies) == 3
+    handle, bodies = failing(*[404] * 100)
+    with Client("http://test", transport=httpx.MockTransport(handle)) as client, pytest.raises(RequestRefusedError, match="404 Not Found"):
+        client.explain(b"an image")
+    assert len(bodies) == 6

@@ -2,13 +2,17 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve import middleware
 from serve.middleware import BodyLimit, DrainRefused, Limits, RequestContext
 
 TEN_BYTES = Limits(max_bytes=10, idle_timeout_s=5, body_timeout_s=5, request_timeout_s=30)
@@ -170,3 +174,63 @@ def test_a_client_that_goes_away_is_logged_as_499(caplog: pytest.LogCaptureFixtu
     with caplog.at_level("INFO", logger="ray.serve.sentinode"), pytest.raises(asyncio.CancelledError):
         asyncio.run(RequestContext(go_away, timeout_s_of=lambda scope: 5, echo_request_id=True)(request.scope, request.receive, request.send))
     assert [record.__dict__["status"] for record in caplog.records] == [499]
+
+
+def test_a_body_that_drips_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(middleware, "time", SimpleNamespace(monotonic=lambda: now))
+    request = exchange(*[b"x" * 50_000] * 100)
+
+    async def receive() -> Message:
+        nonlocal now
+        now += 4
+        return await Exchange.receive(request)
+
+    request.receive = receive  # type: ignore[method-assign]
+    with pytest.raises(HTTPException) as caught:
+        request.run(BodyLimit(read_all, limits_of=lambda scope: Limits(10_000_000, 10, None, 300)))
+    assert caught.value.status_code == 408
+    assert now == 12
+
+
+def test_a_body_must_announce_its_length_where_that_is_asked_for() -> None:
+    limits = Limits(10, 5, 5, 30, needs_length=True)
+    for headers, status in (({}, 411), ({"content_length": "abc"}, 411), ({"content_length": "3"}, 200), ({"content_length": "11"}, 413)):
+        assert exchange(b"xxx", **headers).run(BodyLimit(read_all, limits_of=lambda scope: limits)) == status
+
+
+def test_a_refused_caller_who_sends_nothing_holds_no_place_for_long() -> None:
+    async def receive() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    request = exchange()
+    request.receive = receive  # type: ignore[method-assign]
+    started = time.monotonic()
+    assert request.run(DrainRefused(answer_404_unread)) == 404
+    assert time.monotonic() - started < 1.5
+
+
+def test_an_answer_that_the_deadline_catches_in_the_drain_is_sent_all_the_same() -> None:
+    async def refuse_late(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.1)
+        await answer_404_unread(scope, receive, send)
+
+    async def receive() -> Message:
+        await asyncio.sleep(0.05)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    request = exchange()
+    request.receive = receive  # type: ignore[method-assign]
+    assert request.run(DrainRefused(RequestContext(refuse_late, timeout_s_of=lambda scope: 0.2, echo_request_id=True))) == 504
+
+
+def test_a_client_that_goes_away_while_it_sends_is_no_error_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    async def read(scope: Scope, receive: Receive, send: Send) -> None:
+        raise ClientDisconnect
+
+    request = exchange()
+    with caplog.at_level("INFO", logger="ray.serve.sentinode"):
+        asyncio.run(RequestContext(read, timeout_s_of=lambda scope: 5, echo_request_id=True)(request.scope, request.receive, request.send))
+    assert [(record.__dict__["status"], record.levelname) for record in caplog.records] == [(499, "INFO")]
+    assert request.sent == []
