@@ -16,13 +16,14 @@ from sentinode.answers import Alive, Health, ModelReference, Ready
 from sentinode.config import ServeConfig
 from sentinode.errors import PatchError
 from sentinode.manifests import BundleManifest
+from serve.api_page import API_PAGE_PATHS, api_page_router
 from serve.backend import Backend, WatchedBackend
 from serve.middleware import ApiKeys, BodyLimit, DrainRefused, Limits, RequestContext, request_id_of
 from serve.prediction_routes import documented, prediction_router
 from serve.problems import ProblemError, kind_of_status, problem_response
 from serve.web_page import WEB_PAGE_PATHS, web_page_router
 
-OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json"}) | WEB_PAGE_PATHS
+OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/openapi.json"}) | API_PAGE_PATHS | WEB_PAGE_PATHS
 """Paths that need no key. Every other route does, so that a new one is closed until somebody opens it."""
 
 VERSION_PREFIX = "/v1"
@@ -55,12 +56,13 @@ def create_http_app(
     echo_request_id : bool
         See `serve.middleware.RequestContext`.
     """
-    app = FastAPI(title="Sentinode", version=__version__, description=_DESCRIPTION, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(title="Sentinode", version=__version__, description=_DESCRIPTION, docs_url=None, redoc_url=None, redirect_slashes=False)
     watched = WatchedBackend(backend, manifest.patch_size_px)
     _add_open_routes(app, watched, manifest, config)
     router = prediction_router(watched, manifest, config)
     app.include_router(router, prefix=VERSION_PREFIX)
     app.include_router(router, include_in_schema=False)
+    app.include_router(api_page_router("Sentinode"), include_in_schema=False)
     app.include_router(web_page_router(), include_in_schema=False)
     _add_problem_handlers(app)
     # Added last = outermost: unread bodies, then other origins, then id, deadline and log line, then key, then body limit, then the routes.

@@ -141,6 +141,14 @@ def test_a_key_is_asked_for_and_used(browser: Any, predictor: Predictor, files: 
         wait_for(browser, lambda _: browser.find_element("id", "card-area").is_displayed())
 
 
+def test_the_api_is_described_on_a_page_that_needs_nobody_else(browser: Any, predictor: Predictor) -> None:
+    with served(app(predictor)) as url:
+        browser.get(f"{url}/docs")
+        wait_for(browser, lambda _: "/v1/predict/batch" in browser.find_element("id", "swagger-ui").text)
+        assert "Research use only" in browser.find_element("id", "swagger-ui").text
+        check_no_complaints(browser)
+
+
 def test_names_of_files_are_text_and_never_leave_the_page(browser: Any, predictor: Predictor, tmp_path: Path) -> None:
     seen: list[bytes] = []
     application = app(predictor)
