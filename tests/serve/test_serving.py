@@ -11,6 +11,7 @@ import httpx
 import pytest
 from ray import serve as ray_serve
 
+from sentinode.client import AsyncClient, Client
 from sentinode.config import ServeConfig
 from sentinode.errors import SentinodeError
 from sentinode.predictor import Predictor
@@ -86,6 +87,10 @@ def test_concurrent_answers_equal_the_offline_ones_and_never_mix(started: Any, b
             assert answer["prediction"] == decision.prediction
             assert answer["review_reasons"] == list(decision.review_reasons)
         assert len({response.json()["request_id"] for response in responses}) == 64
+        with Client(url, KEY) as client:
+            many = client.predict_array(patches, patches_per_request=40)
+            assert [answer.probabilities.Metastatic for answer in many] == pytest.approx([one.probability for one in offline], abs=1e-5)
+            assert client.explain(patches[0]).startswith(b"\x89PNG")
         _check_errors(url)
 
     started(ServeConfig(bundle=str(bundle), topology=topology, max_replicas=1, max_body_bytes=200_000), check)
@@ -118,6 +123,33 @@ def _post_streamed(url: str) -> httpx.Response:
 
     headers = HEADERS | {"content-type": "multipart/form-data; boundary=b"}
     return httpx.post(f"{url}/predict", content=body(), headers=headers, timeout=60, trust_env=False)
+
+
+@pytest.mark.slow
+def test_ten_thousand_patches_in_flight_get_each_its_own_answer(started: Any, bundle: Path) -> None:
+    kinds = random_patches(400, seed=13)
+    offline = [decision.probability for decision in Predictor.load(bundle).decide(kinds)]
+    files = [encode(patch) for patch in kinds]
+    # Far enough apart that no answer could be taken for another one.
+    assert len({round(probability, 5) for probability in offline}) > 380
+
+    async def ask(url: str) -> list[float]:
+        at_a_time = asyncio.Semaphore(256)
+
+        async with AsyncClient(url, KEY) as client:
+
+            async def one(number: int) -> float:
+                async with at_a_time:
+                    answer = await client.predict(files[number % 400])
+                return answer.probabilities.Metastatic
+
+            return await asyncio.gather(*(one(number) for number in range(10_000)))
+
+    def check(url: str) -> None:
+        found = asyncio.run(ask(url))
+        assert max(abs(value - offline[number % 400]) for number, value in enumerate(found)) < 1e-5
+
+    started(ServeConfig(bundle=str(bundle), max_replicas=2, min_replicas=2), check)
 
 
 @pytest.mark.parametrize("topology", ["fused", pytest.param("split", marks=pytest.mark.slow)])
