@@ -31,6 +31,7 @@ from sentinode.config import TrainConfig
 from sentinode.dataset import Patches, PreparedDataset
 from sentinode.errors import SentinodeError, StoppedError, TrainingError, UsageError
 from sentinode.finishing import finish_bundle
+from sentinode.manifests import BundleManifest
 from sentinode.model import initial_state
 from sentinode.storage import exclusive, local_path, remove_any
 from sentinode.training import Progress
@@ -328,13 +329,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if result.already_complete:
         say(f"already complete: {result.bundle.path}")
     else:
-        rule = manifest.threshold_rule
-        say(
-            f"bundle: {result.bundle.path}\n"
-            f"validation AUC {manifest.metrics['roc_auc']:.4f}; threshold {manifest.threshold:.4f} (recall {manifest.metrics['recall']:.4f}; "
-            f"its lower 95 % bound {rule.bound:.4f} {'reaches' if rule.reached else 'does not reach'} the target {rule.target_recall})"
-        )
+        say(f"bundle: {result.bundle.path}\n{operating_point_text(manifest)}")
     return {"bundle": str(result.bundle.path), "digest": manifest.digest, "metrics": manifest.metrics, "already_complete": result.already_complete}
+
+
+def operating_point_text(manifest: BundleManifest) -> str:
+    """Return, in words, how good a bundle is on validation and whether its threshold keeps the target."""
+    rule = manifest.threshold_rule
+    return (
+        f"validation AUC {manifest.metrics['roc_auc']:.4f}; threshold {manifest.threshold:.4f} (recall {manifest.metrics['recall']:.4f}; "
+        f"its lower 95 % bound {rule.bound:.4f} {'reaches' if rule.reached else 'does not reach'} the target {rule.target_recall})"
+    )
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m ray_jobs.train") -> int:

@@ -33,7 +33,7 @@ from ray_jobs.sweep.trial import Shared, rows_key, trial_config, trial_folder
 from ray_jobs.sweep.tune_search import DRIVER_CPUS, tune_search
 from ray_jobs.sweep.winner import Standing, standings
 from ray_jobs.tracking import check_trackers
-from ray_jobs.train import best_checkpoint, finish, fit_run, initial_weights, resolve_gpus
+from ray_jobs.train import best_checkpoint, finish, fit_run, initial_weights, operating_point_text, resolve_gpus
 from ray_jobs.verb import add_common_arguments, config_from, main_of, say
 from sentinode.bundle import Bundle
 from sentinode.config import SweepConfig, TrainConfig
@@ -95,7 +95,7 @@ def tune(config: SweepConfig, data: str | Path, out: str | Path, *, verbose: boo
         folds = _folds(config, dataset)
         started = kept_warm_start(folder) or warm_start(config, dataset.manifest.fingerprint)
         source = point_source(config, started.first, started.known)
-        notes = [*_warnings(config, base), *started.notes]
+        notes = [*_warnings(config, base, folds), *started.notes]
         # Weights that cannot be had are wrong use, found here in a second.
         initial = None if "weights" in config.keys else initial_weights(base)
         for note in notes:
@@ -145,10 +145,18 @@ def _folds(config: SweepConfig, dataset: PreparedDataset) -> list[int] | None:
     return folds
 
 
-def _warnings(config: SweepConfig, base: TrainConfig) -> list[str]:
-    if "weights" in config.keys or base.weights != "none" or config.smallest("unfreeze_depth") >= 5:
-        return []
-    return ["weights none with unfreeze_depth below 5 in the space: the frozen stages of those trials are random, and stay so"]
+def _warnings(config: SweepConfig, base: TrainConfig, folds: list[int] | None) -> list[str]:
+    found = []
+    if "weights" not in config.keys and base.weights == "none" and config.smallest("unfreeze_depth") < 5:
+        searched = "unfreeze_depth" in config.keys
+        which = "below 5 in the space: the frozen stages of those trials" if searched else f"{base.unfreeze_depth}: the frozen stages of all trials"
+        found.append(f"weights none with unfreeze_depth {which} are random, and stay so")
+    if config.scheduler.kind != "none":
+        unit, units = ("epochs", config.largest("epochs")) if folds is None else ("folds", len(folds))
+        grace = config.scheduler.grace_period_epochs if folds is None else config.scheduler.grace_period_folds
+        if grace >= units:
+            found.append(f"scheduler {config.scheduler.kind}: ends no trial before {unit[:-1]} {grace}, and none has more than {units}")
+    return found
 
 
 def _wanted_cpus(config: SweepConfig, base: TrainConfig) -> float:
@@ -176,7 +184,9 @@ def _search(sweep: _Sweep, source: PointSource, *, verbose: bool) -> None:
     config, base, folder, journal, folds = sweep.config, sweep.base, sweep.folder, sweep.journal, sweep.folds
     epochs, limit = config.largest("epochs"), _limit(config, base, sweep.use_gpu)
     total = source.total + config.repeats * min(config.repeat_top, source.total)
-    progress = SweepProgress(config.metric, journal, total, epochs * len(folds or [0]), limit, say)
+    # How long it takes until those that wait go on, and how many do, no past trial tells.
+    estimates = config.scheduler.kind != "halving"
+    progress = SweepProgress(config.metric, journal, total, epochs * len(folds or [0]), limit, say, estimates=estimates)
     trackers = TrialTrackers(config, folder, sweep.dataset.manifest.fingerprint)
     if journal.trials:
         say(f"continuing the sweep: {progress.standing(0)}")
@@ -241,7 +251,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     parser.add_argument("--data", required=True, metavar="DATASET", help="folder made by prepare")
     parser.add_argument("--out", required=True, metavar="DIR", help="the sweep's folder; DIR/bundle is the best trial's")
-    add_common_arguments(parser, SweepConfig)
+    add_common_arguments(parser, SweepConfig, "trials=8 base.epochs=3")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -260,7 +270,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         also = "".join(f", {count} {status}" for status, count in ended.items() if count)
         say(
             f"best of {len(searched)} trials{also}: {describe_point(best.trial.point)}: {config.metric} {best.value:.4f}{best.spread_text}\n"
-            f"bundle: {result.bundle.path}\nreport: {folder / 'report.html'}\n"
+            f"bundle: {result.bundle.path}\n{operating_point_text(result.bundle.manifest)}\nreport: {folder / 'report.html'}\n"
             f"train it again: sentinode train --config {folder / 'best.yaml'} --data {args.data} --out DIR"
         )
     summary = {"bundle": str(result.bundle.path), "digest": result.bundle.manifest.digest, "already_complete": result.already_complete}

@@ -21,8 +21,8 @@ Run = Callable[[argparse.Namespace], dict[str, Any]]
 logger = logging.getLogger("sentinode")
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, config: type[Config] | None) -> None:
-    """Add the options of every verb; the configuration ones where the verb has a configuration."""
+def add_common_arguments(parser: argparse.ArgumentParser, config: type[Config] | None, example: str = "epochs=3 augment.dihedral=false") -> None:
+    """Add the options of every verb; the configuration ones, with an `example` of a setting, where the verb has a configuration."""
     if config is not None:
         parser.add_argument("--config", metavar="YAML", help="file with configuration keys")
         parser.add_argument("--preset", metavar="NAME", help=f"configuration that comes with the program, laid over --config: {_preset_names()}")
@@ -33,7 +33,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, config: type[Config] |
             nargs="+",
             action="extend",
             default=[],
-            help="configuration keys, e.g. --set epochs=3 augment.dihedral=false",
+            help=f"configuration keys, e.g. --set {example}",
         )
     parser.add_argument("-v", "--verbose", action="store_true", help="show Ray's own output and tracebacks")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")

@@ -22,10 +22,15 @@ class SweepProgress:
         Trials that may run at a time.
     say : callable
         Shows one line.
+    estimates : bool
+        Whether to tell how long the rest may take.
     """
 
-    def __init__(self, metric: str, journal: Journal, total: int, epochs: int, limit: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, metric: str, journal: Journal, total: int, epochs: int, limit: int, say: Callable[[str], None], *, estimates: bool = True
+    ) -> None:
         self._metric, self._journal, self._total, self._epochs, self._limit, self._say = metric, journal, total, epochs, limit, say
+        self._estimates = estimates
 
     def note(self, text: str) -> None:
         """Show a line."""
@@ -46,11 +51,11 @@ class SweepProgress:
         fold = "" if record["fold"] is None else f"fold {record['fold']}, "
         best = next(iter(rank([other for other in self._journal.trials if other.kind == "search" and other.status != "failed"], self._metric)), None)
         best_value = None if best is None else best.value(self._metric)
+        mean = trial.value(self._metric)
+        mean_text = f" (mean of {len(trial.folds)} folds {mean:.4f})" if fold and mean is not None and len(trial.folds) > 1 else ""
+        figure = "-" if value is None else f"{value:.4f}"
         standing = "" if best is None or best_value is None else f", best so far {best_value:.4f}" + ("" if best is trial else f" by {best.name}")
-        self._say(
-            f"trial {trial.name} {fold}epoch {record['epoch'] + 1}: {self._metric} {'-' if value is None else format(value, '.4f')}{standing}"
-            f"  [{self.standing(running)}]"
-        )
+        self._say(f"trial {trial.name} {fold}epoch {record['epoch'] + 1}: {self._metric} {figure}{mean_text}{standing}  [{self.standing(running)}]")
 
     def waits(self, trial: TrialRecord, running: int) -> None:
         """Show that a trial waits for others."""
@@ -75,6 +80,8 @@ class SweepProgress:
 
     def _seconds_left(self, ended: list[TrialRecord]) -> float | None:
         """Estimate from what trials have taken so far, those that were stopped too."""
+        if not self._estimates:
+            return None
         running = [trial for trial in self._journal.trials if trial.status == "running" and trial.epochs]
         if ended:
             each = sum(_taken(trial) for trial in ended) / len(ended)

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from markupsafe import Markup
@@ -68,7 +68,7 @@ def render(trials: list[TrialRecord], facts: SweepFacts) -> str:
     ranked = sorted(rank(search, config.metric), key=lambda trial: trial.status == "failed")
     standing = standings(trials, config)
     best = next((one for one in standing if one.trial.number == facts.best), standing[0] if standing else None)
-    found = importances(trials, config)
+    found = importances(_comparable(search, facts), config)
     return environment.get_template("sweep.html").render(
         facts=facts,
         config=config,
@@ -101,6 +101,13 @@ def render(trials: list[TrialRecord], facts: SweepFacts) -> str:
     )
 
 
+def _comparable(trials: list[TrialRecord], facts: SweepFacts) -> list[TrialRecord]:
+    """Return trials whose figures can be compared: with folds, what they came to on the first one, since means over other numbers of folds cannot."""
+    if facts.folds is None:
+        return trials
+    return [replace(trial, epochs=[record for record in trial.epochs if record["fold"] == facts.folds[0]]) for trial in trials]
+
+
 def _four(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
@@ -123,6 +130,7 @@ def _row(trial: TrialRecord, config: SweepConfig) -> dict[str, Any]:
         "trial": trial,
         "value": trial.value(config.metric),
         "at_epoch": None if best is None else best["epoch"] + 1,
+        "by_fold": [None if (one := trial.best(config.metric, fold)) is None else one[config.metric] for fold in trial.folds],
         "epochs": len(trial.epochs),
         "planned": _planned_epochs(trial, config) * (1 if config.folds is None else max(len(trial.folds), 1)),
         "cost": None if config.cost is None else trial.cost(config.cost),
@@ -235,7 +243,7 @@ def _charts(
     config = facts.config
     important = [one.key for one in found_important]
     figured = [trial for trial in ranked if trial.value(config.metric) is not None]
-    whole = [trial for trial in figured if trial.status != "failed"]
+    whole = _comparable([trial for trial in figured if trial.status != "failed"], facts)
     found = dict.fromkeys(("heat", "parallel", "front"), Markup("")) | {"curves": _curves(figured, facts, best), "timeline": _timeline(trials)}
     bars = [(one.key, one.share, one.low, one.high) for one in found_important]
     found["importance"] = charts.importance_bars(bars, "; ".join(f"{key} {share:.2f}" for key, share, _, _ in bars))

@@ -19,8 +19,8 @@ def trials_table(trials: list[TrialRecord], config: SweepConfig) -> pd.DataFrame
     """Return one row per trial and epoch, and one for a trial without epochs.
 
     Columns: trial, kind, repeats (the trial whose configuration it is), seed, origin, status, error, the point as `config.*`, begun_at,
-    start_seconds, fold, the epoch's record (epoch is counted from 0), images_per_s, image_steps (so far), best (its best epoch, of the fold), at,
-    checkpoint (of the best epoch, relative to the sweep's folder). Times are UTC.
+    start_seconds, fold (from 0), the epoch's record (epoch is counted from 1, as everywhere that people look), images_per_s, image_steps (so far),
+    best (its best epoch, of the fold), at, checkpoint (of the best epoch, relative to the sweep's folder). Times are UTC.
     """
     rows: list[dict[str, Any]] = []
     for trial in trials:
@@ -41,7 +41,8 @@ def trials_table(trials: list[TrialRecord], config: SweepConfig) -> pd.DataFrame
         for record in trial.epochs:
             steps += record["rows"]
             fold = record["fold"]
-            row = {"fold": fold} | {name: value for name, value in record.items() if name not in ("fold", "at")}
+            row = {"fold": fold} | {name: value for name, value in record.items() if name not in ("fold", "at", "fold_over", "last")}
+            row["epoch"] = record["epoch"] + 1
             row |= {
                 "images_per_s": record["rows"] / record["seconds"] if record["seconds"] else None,
                 "image_steps": steps,

@@ -144,7 +144,8 @@ class SweepConfig(Config):
             for branch in branches:
                 self._check_values(key, branch)
         if self.searcher == "grid" and not all(isinstance(branch, Grid) for branches in self.space.values() for branch in branches):
-            raise ValueError("searcher grid needs a space of grid entries only")
+            other = next(key for key, branches in self.space.items() if not all(isinstance(branch, Grid) for branch in branches))
+            raise ValueError(f"space.{other}: searcher grid needs a space of grid entries only")
         self._check_rest()
         self._check_constraints()
         return self

@@ -74,7 +74,10 @@ def test_with_folds_the_mean_ranks_and_folds_are_counted() -> None:
     ]
     text = text_of(render(trials, facts(config, 0, epochs=2, folds=[0, 1])))
     assert "the mean over 2 folds" in text
-    assert "0.7000 4 of 4 2 of 2 finished" in text
+    assert "0.7000 4 of 4 2 of 2 0.8000 0.6000 finished" in text
+    # One fold's 0.9 is no mean over two.
+    assert "Trials with more folds come first" in text
+    assert text.count("Figures here are those of fold 0") >= 2
     assert "after fold trials stopped their validation ROC-AUC patches not trained on 1 1 0.9000 200" in text
 
 
@@ -133,6 +136,7 @@ def test_the_table_has_a_row_per_epoch_and_one_for_a_trial_without() -> None:
     table = trials_table(THREE, sweep_config())
     assert list(table["trial"]) == ["00000"] * 4 + ["00001", "00002"]
     assert list(table["best"].dropna()) == [False, True, False, False, True]
+    assert list(table["epoch"].dropna()) == [1, 2, 3, 4, 1]
     assert list(table["image_steps"].dropna()) == [100, 200, 300, 400, 100]
     assert table["images_per_s"].dropna().unique().tolist() == [50.0]
     assert table["checkpoint"].dropna().unique().tolist() == ["trials/00000", "trials/00001"]
