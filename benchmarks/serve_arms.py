@@ -1,0 +1,156 @@
+"""The servers that `benchmarks.serve` compares, each a process of its own that answers POST /predict about one patch.
+
+    python -m benchmarks.serve_arms ARM --bundle BUNDLE --engine torch --port 8000 [--zero]
+
+`--zero` takes the place of the network: an answer from one pixel. The engine runs on core 0, everything else on the core that this process was given.
+"""
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sentinode.bundle import Bundle
+from sentinode.config import ServeConfig
+from sentinode.predictor import Predictor
+from sentinode.probability import Decision
+
+ENGINE_CORE = 0
+BATCH, WAIT_S = 16, 0.005
+
+
+def zero(patches: Any) -> list[Decision]:
+    """Decide without a network."""
+    return [Decision(0.0, float(patch[0, 0, 0]) / 255, "Normal", 0.5, ()) for patch in patches]
+
+
+def loaded(bundle: Path, engine: str, is_zero: bool) -> Predictor:
+    """Return the predictor all arms share, loaded in a thread on the engine's core, so that an engine's own threads stay there."""
+    torch.set_num_threads(1)
+    predictor = Predictor.load(bundle, engine=engine)
+    if is_zero:
+        predictor.decide = lambda patches, batch_size=256: zero(patches)  # type: ignore[method-assign]
+    return predictor
+
+
+def pin_engine() -> None:
+    """Keep the calling thread on the engine's core."""
+    os.sched_setaffinity(0, {ENGINE_CORE})
+
+
+def answer_of(decision: Decision) -> dict[str, Any]:
+    """What peers answer: the three fields of the original endpoint."""
+    probabilities = {"Normal": 1 - decision.probability, "Metastatic": decision.probability}
+    return {"prediction": decision.prediction, "confidence": decision.confidence, "probabilities": probabilities}
+
+
+def decoded(data: bytes) -> Any:
+    """Decode as peers do, with Pillow."""
+    return np.asarray(Image.open(BytesIO(data)).convert("RGB"))
+
+
+def plain(args: argparse.Namespace) -> None:
+    """FastAPI and uvicorn, one patch per forward pass, in a thread."""
+    import uvicorn
+    from fastapi import FastAPI, UploadFile
+
+    forward = ThreadPoolExecutor(1, initializer=pin_engine)
+    predictor = forward.submit(loaded, args.bundle, args.engine, args.zero).result()
+    app = FastAPI()
+
+    @app.post("/predict")
+    async def predict(file: UploadFile) -> dict[str, Any]:
+        patch = await asyncio.to_thread(decoded, await file.read())
+        (decision,) = await asyncio.get_running_loop().run_in_executor(forward, predictor.decide, patch[None])
+        return answer_of(decision)
+
+    uvicorn.run(app, host="127.0.0.1", port=args.port, log_level="error")
+
+
+def litserve(args: argparse.Namespace) -> None:
+    """LitServe with its own batching."""
+    import litserve as ls
+
+    class Api(ls.LitAPI):  # type: ignore[misc]
+        def setup(self, device: str) -> None:
+            pin_engine()
+            self.predictor = loaded(args.bundle, args.engine, args.zero)
+
+        def decode_request(self, request: Any) -> Any:
+            return decoded(request["file"].file.read())
+
+        def batch(self, inputs: list[Any]) -> Any:
+            return np.stack(inputs)
+
+        def predict(self, batch: Any) -> Any:
+            return self.predictor.decide(batch)
+
+        def unbatch(self, output: Any) -> Any:
+            return output
+
+        def encode_response(self, output: Decision) -> Any:
+            return answer_of(output)
+
+    server = ls.LitServer(Api(max_batch_size=BATCH, batch_timeout=WAIT_S), accelerator="cpu", workers_per_device=1, timeout=60)
+    server.run(host="127.0.0.1", port=args.port, log_level="error", generate_client_file=False)
+
+
+def ours(args: argparse.Namespace) -> None:
+    """The endpoint on a Ray of its own."""
+    import ray
+    from ray import serve as ray_serve
+
+    from ray_jobs.cluster import connected
+    from serve.app import ENDPOINT, FusedEndpoint, _deployment
+
+    class Pinned(FusedEndpoint):  # type: ignore[misc, valid-type]
+        async def __init__(self, config: ServeConfig, manifest: Any, digests: tuple[str, ...], is_zero: bool) -> None:  # type: ignore[misc]
+            await super().__init__(config, manifest, digests)
+            classifier = self._classifier
+            thread = classifier._forward_thread
+            thread.submit(pin_engine).result()
+            classifier._predictor = thread.submit(loaded, config.bundle, config.engine, is_zero).result()
+
+    manifest = Bundle.open(args.bundle).manifest
+    config = ServeConfig(
+        bundle=str(args.bundle.resolve()), auth="none", engine=args.engine, max_replicas=1, max_ongoing_requests=256, max_batch_size=BATCH
+    )
+    deployment = _deployment(Pinned, ENDPOINT, config, 1, 0, 1000)
+    with connected(2):
+        ray_serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": args.port, "request_timeout_s": 120})
+        ray_serve.run(deployment.bind(config, manifest, (), args.zero), name="sentinode")
+        threading.Event().wait()
+    assert ray.is_initialized()
+
+
+ARMS = {"plain": plain, "litserve": litserve, "ours": ours, "ours-haproxy": ours}
+ENVIRONMENT = {"ours-haproxy": {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}}
+"""Variables that must stand before Ray starts."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arm", choices=ARMS)
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--engine", default="torch")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--zero", action="store_true")
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ARMS[args.arm](args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
