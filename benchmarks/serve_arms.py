@@ -81,27 +81,10 @@ def litserve(args: argparse.Namespace) -> None:
     """LitServe with its own batching."""
     import litserve as ls
 
-    class Api(ls.LitAPI):  # type: ignore[misc]
-        def setup(self, device: str) -> None:
-            pin_engine()
-            self.predictor = loaded(args.bundle, args.engine, args.zero)
+    from benchmarks.serve_litserve import Api
 
-        def decode_request(self, request: Any) -> Any:
-            return decoded(request["file"].file.read())
-
-        def batch(self, inputs: list[Any]) -> Any:
-            return np.stack(inputs)
-
-        def predict(self, batch: Any) -> Any:
-            return self.predictor.decide(batch)
-
-        def unbatch(self, output: Any) -> Any:
-            return output
-
-        def encode_response(self, output: Decision) -> Any:
-            return answer_of(output)
-
-    server = ls.LitServer(Api(max_batch_size=BATCH, batch_timeout=WAIT_S), accelerator="cpu", workers_per_device=1, timeout=60)
+    api = Api(args.bundle, args.engine, args.zero, max_batch_size=BATCH, batch_timeout=WAIT_S)
+    server = ls.LitServer(api, accelerator="cpu", workers_per_device=1, timeout=60)
     server.run(host="127.0.0.1", port=args.port, log_level="error", generate_client_file=False)
 
 
