@@ -98,11 +98,14 @@ def ours(args: argparse.Namespace) -> None:
 
     class Pinned(FusedEndpoint):  # type: ignore[misc, valid-type]
         async def __init__(self, config: ServeConfig, manifest: Any, digests: tuple[str, ...], is_zero: bool) -> None:  # type: ignore[misc]
+            cores = os.sched_getaffinity(0)
+            # While the engine is loaded: the threads that it makes stay where the one is that makes them.
+            pin_engine()
             await super().__init__(config, manifest, digests)
-            classifier = self._classifier
-            thread = classifier._forward_thread
-            thread.submit(pin_engine).result()
-            classifier._predictor = thread.submit(loaded, config.bundle, config.engine, is_zero).result()
+            os.sched_setaffinity(0, cores)
+            self._classifier._forward_thread.submit(pin_engine).result()
+            if is_zero:
+                self._classifier._predictor.decide = lambda patches, batch_size=256: zero(patches)
 
     manifest = Bundle.open(args.bundle).manifest
     config = ServeConfig(
