@@ -295,7 +295,7 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._limits = _Limits(timeout_s, give_up_after_s, batch_timeout_s, batch_give_up_after_s)
-        self._http = httpx.Client(base_url=url, headers=_key(api_key), timeout=timeout_s, verify=verify, transport=transport)
+        self._http = httpx.Client(base_url=url, headers=_key(api_key), timeout=timeout_s, verify=_verify(verify), transport=transport)
 
     def predict(self, image: Image, *, spacing_um_px: float | None = None) -> Prediction:
         """Classify one patch; `spacing_um_px` is the physical size of its pixels, micrometres, None where it is not known."""
@@ -395,7 +395,9 @@ class AsyncClient:
         self._limits = _Limits(timeout_s, give_up_after_s, batch_timeout_s, batch_give_up_after_s)
         # As many connections as there are requests: a caller bounds these.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
-        self._http = httpx.AsyncClient(base_url=url, headers=_key(api_key), timeout=timeout_s, verify=verify, transport=transport, limits=limits)
+        self._http = httpx.AsyncClient(
+            base_url=url, headers=_key(api_key), timeout=timeout_s, verify=_verify(verify), transport=transport, limits=limits
+        )
 
     async def predict(self, image: Image, *, spacing_um_px: float | None = None) -> Prediction:
         """See `Client.predict`."""
@@ -479,6 +481,10 @@ class AsyncClient:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         await self.close()
+
+
+def _verify(verify: bool | str) -> bool | ssl.SSLContext:
+    return ssl.create_default_context(cafile=verify) if isinstance(verify, str) else verify
 
 
 def _key(api_key: str | None) -> dict[str, str]:

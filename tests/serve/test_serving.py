@@ -1,7 +1,9 @@
 """The endpoint over real HTTP, on a real Ray."""
 
 import asyncio
+import shutil
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +15,10 @@ from ray import serve as ray_serve
 
 from sentinode.client import AsyncClient, Client
 from sentinode.config import ServeConfig
-from sentinode.errors import SentinodeError
+from sentinode.errors import SentinodeError, UsageError
 from sentinode.predictor import Predictor
 from serve.app import build_app
-from serve.local import run_local, usable_port
+from serve.local import run_local, usable_port, usable_tls
 from tests.factories import make_bundle, random_patches
 from tests.serve.patch_files import encode, good_tif, refused_files
 
@@ -170,6 +172,59 @@ def test_more_requests_than_may_wait_are_answered_429(started: Any, bundle: Path
         bundle=str(bundle), topology=topology, max_replicas=1, max_batch_size=1, max_ongoing_requests=1, max_queued_requests=1, batch_wait_timeout_s=0
     )
     started(config, check)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that vouches for itself, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    folder = tmp_path_factory.mktemp("tls")
+    paths = folder / "tls.crt", folder / "tls.key"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "1",
+        "-subj",
+        "/CN=127.0.0.1",
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+    ]
+    subprocess.run([*command, "-out", str(paths[0]), "-keyout", str(paths[1])], check=True, capture_output=True)
+    return paths
+
+
+@pytest.mark.slow
+def test_https_is_served_with_a_certificate_and_the_client_checks_it(bundle: Path, certificate: tuple[Path, Path]) -> None:
+    patch = random_patches(1)[0]
+    asked = []
+
+    def ready(url: str) -> None:
+        assert url.startswith("https://")
+        with Client(url, verify=str(certificate[0])) as client:
+            asked.append(client.predict(patch).prediction)
+        with Client(url) as client, pytest.raises(UsageError, match=r"cannot be asked: .*certificate"):
+            client.predict(patch)
+        raise Interrupted
+
+    config = ServeConfig(bundle=str(bundle), auth="none")
+    with pytest.raises(Interrupted):
+        run_local(build_app(config), request_timeout_s=30, port=usable_port("127.0.0.1", 0), ready=ready, tls=usable_tls(*map(str, certificate)))
+    assert len(asked) == 1
+
+
+def test_tls_needs_a_certificate_and_its_key(certificate: tuple[Path, Path], tmp_path: Path) -> None:
+    assert usable_tls(None, None) is None
+    with pytest.raises(UsageError, match="needs both"):
+        usable_tls(str(certificate[0]), None)
+    for pair in ((tmp_path / "none.crt", certificate[1]), certificate[::-1]):
+        with pytest.raises(UsageError, match="cannot be used"):
+            usable_tls(*map(str, pair))
 
 
 def test_serve_is_shut_down_afterwards(started: Any, bundle: Path) -> None:
