@@ -77,7 +77,7 @@ class WatchedBackend:
     async def _watched(self, asked: Awaitable[_Answer]) -> _Answer:
         """Wait for an answer, or end the request with a 429 or 503 that says it may be retried."""
         try:
-            answer = await asked
+            return await asked
         except Overloaded as error:
             raise ProblemError("overloaded", "too many requests are waiting; try again", {"Retry-After": str(error.retry_after_s)}) from error
         except NotExplainableError as error:
@@ -88,7 +88,6 @@ class WatchedBackend:
             # The boundary to the model: whatever broke there, the caller learns that trying again may help, the log learns what it was.
             logger.exception("the engine failed")
             raise ProblemError("engine_failed", "the model could not be reached or failed; try again", {"Retry-After": "1"}) from error
-        return answer
 
     def _succeeded(self, answer: _Answer) -> _Answer:
         self._last_success = time.monotonic()

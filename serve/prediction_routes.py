@@ -65,19 +65,6 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": _WHAT[status], "content": content} for status in statuses}
 
 
-class _Tellers:
-    """Turns decisions into answers."""
-
-    def __init__(self, config: ServeConfig) -> None:
-        self._config = config
-
-    def prediction(self, decision: Decision, speaker: Speaker, request_id: str, spacing_um_px: float | None) -> Prediction:
-        reason = speaker.spacing_reason(spacing_um_px, tolerance=self._config.spacing_tolerance, expected=self._config.expect_spacing)
-        prediction = Prediction.of(decision, speaker, request_id, spacing_um_px, reason)
-        measures().decided(decision, prediction.needs_review)
-        return prediction
-
-
 def prediction_router(backend: WatchedBackend, manifest: BundleManifest, config: ServeConfig) -> APIRouter:
     """Return the routes, without a prefix.
 
@@ -90,10 +77,16 @@ def prediction_router(backend: WatchedBackend, manifest: BundleManifest, config:
     """
     # For /docs only, where they make the "Authorize" button: the middleware has judged the key before the body was read.
     keys = [Depends(APIKeyHeader(name="X-API-Key", auto_error=False)), Depends(HTTPBearer(auto_error=False))] if config.auth == "keys" else []
-    router, side, tell = APIRouter(dependencies=keys), manifest.patch_size_px, _Tellers(config)
+    router, side = APIRouter(dependencies=keys), manifest.patch_size_px
     what = f"TIFF, PNG, JPEG or WebP, {side}x{side}, 8-bit RGB"
     card = ModelCard.of(manifest)
     reading = 0
+
+    def told(decision: Decision, speaker: Speaker, request: Request, spacing_um_px: float | None) -> Prediction:
+        reason = speaker.spacing_reason(spacing_um_px, tolerance=config.spacing_tolerance, expected=config.expect_spacing)
+        prediction = Prediction.of(decision, speaker, request_id_of(request.scope), spacing_um_px, reason)
+        measures().decided(decision, prediction.needs_review)
+        return prediction
 
     async def one_patch(request: Request, file: UploadFile) -> UInt8Array:
         # FastAPI would take the last of several and answer about that one.
@@ -108,12 +101,10 @@ def prediction_router(backend: WatchedBackend, manifest: BundleManifest, config:
         tags=["prediction"],
         responses=documented(400, 401, 408, 413, 415, 422, 429, 500, 503, 504),
     )
-    async def predict(
-        request: Request, file: Annotated[UploadFile, File(description=f"One patch: {what}")], spacing_um_px: Spacing = None
-    ) -> Prediction:
+    async def predict(request: Request, file: OnePatch, spacing_um_px: Spacing = None) -> Prediction:
         """Say whether the centre 32x32 pixels of a patch hold tumour tissue, with a calibrated probability and whether a human should look."""
         decision, speaker = await backend.classify(await one_patch(request, file))
-        return tell.prediction(decision, speaker, request_id_of(request.scope), spacing_um_px)
+        return told(decision, speaker, request, spacing_um_px)
 
     @router.post(
         "/predict/batch",
@@ -130,7 +121,6 @@ def prediction_router(backend: WatchedBackend, manifest: BundleManifest, config:
         Send files in the form field `files`, or pixels as an array: uint8, n x side x side x 3, RGB, raw or as an .npy file.
         """
         nonlocal reading
-        request_id = request_id_of(request.scope)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if reading >= config.max_batch_requests:
             # Refused, not kept waiting: Ray reads bodies ahead, so those that wait would fill the memory, and places that others need.
@@ -148,9 +138,9 @@ def prediction_router(backend: WatchedBackend, manifest: BundleManifest, config:
                 of_good = iter(decided)
                 for bad in problems:
                     if bad is None:
-                        answers.append(tell.prediction(*next(of_good), request_id, spacing_um_px))
+                        answers.append(told(*next(of_good), request, spacing_um_px))
                     else:
-                        answers.append(problem_of(*bad, request_id))
+                        answers.append(problem_of(*bad, request_id_of(request.scope)))
         finally:
             reading -= 1
         return Response(await run_in_threadpool(BATCH.dump_json, answers), media_type="application/json")
