@@ -91,7 +91,7 @@ def decode_patch(data: bytes, *, size_px: int | None) -> UInt8Array:
     """
     if not data:
         raise PatchError(PatchErrorCode.EMPTY, "the file is empty")
-    if size_px is not None and (plain := _plain_tiff(data, size_px)) is not None:
+    if size_px is not None and (plain := plain_tiff(data, size_px)) is not None:
         return plain
     _check_signature(data)
     if data.startswith(b"RIFF"):
@@ -120,8 +120,16 @@ def decode_patch(data: bytes, *, size_px: int | None) -> UInt8Array:
             raise PatchError(PatchErrorCode.TRUNCATED, "the image is truncated or damaged") from error
 
 
-def _plain_tiff(data: bytes, size_px: int) -> UInt8Array | None:
-    """Return the pixels of a plain TIFF without a copy, or None where anything about it is not plain; Pillow takes forty times as long."""
+def plain_tiff(data: bytes, size_px: int) -> UInt8Array | None:
+    """Return the pixels of a plain TIFF (uncompressed, one strip), or None where anything about the file is not plain.
+
+    Takes a microsecond, a fortieth of what Pillow takes, whatever the bytes are.
+
+    Returns
+    -------
+    ndarray of uint8, shape (size_px, size_px, 3), RGB, 0..255, or None
+        Read-only, a view of `data`.
+    """
     if data[:4] != b"II*\x00" or len(data) < 10:
         return None
     (start,) = struct.unpack_from("<I", data, 4)

@@ -58,10 +58,10 @@ def create_http_app(
     """
     app = FastAPI(title="Sentinode", version=__version__, description=_DESCRIPTION, docs_url=None, redoc_url=None, redirect_slashes=False)
     watched = WatchedBackend(backend, manifest.patch_size_px)
-    _add_open_routes(app, watched, manifest, config)
     router = prediction_router(watched, manifest, config)
     app.include_router(router, prefix=VERSION_PREFIX)
     app.include_router(router, include_in_schema=False)
+    _add_open_routes(app, watched, manifest, config)
     app.include_router(api_page_router("Sentinode"), include_in_schema=False)
     app.include_router(web_page_router(), include_in_schema=False)
     _add_problem_handlers(app)
@@ -131,7 +131,5 @@ def _add_problem_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         problem = error.errors()[0]
-        if tuple(problem["loc"][:2]) == ("body", "file"):
-            return answer(request, "missing_file", "expected multipart/form-data with the image as a file in the field `file`")
         # Names the place, not the value: that is the caller's and stays out of answers that get logged.
         return answer(request, "invalid_request", f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}")

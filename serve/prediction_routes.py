@@ -6,24 +6,24 @@ from io import BytesIO
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Depends, File, Query, Request, UploadFile
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.security import APIKeyHeader, HTTPBearer
 from PIL import Image
-from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import UploadFile as ReceivedFile
+from starlette.datastructures import UploadFile
 from starlette.responses import Response
 
 from sentinode import RESEARCH_USE_NOTICE
 from sentinode.answers import BATCH, ModelCard, Prediction, Problem, Speaker
 from sentinode.config import ServeConfig
 from sentinode.errors import PatchError
-from sentinode.images import UInt8Array
+from sentinode.images import UInt8Array, plain_tiff
 from sentinode.manifests import BundleManifest
 from sentinode.probability import Decision
 from serve.backend import WatchedBackend
 from serve.batch_body import ARRAY_TYPES, pieces_of_array
+from serve.form_body import MANY_FILES, ONE_FILE, form_of, many_files, one_file
 from serve.measures import measures
-from serve.middleware import request_id_of, tail_of_body
+from serve.middleware import request_id_of
 from serve.patches import patch_from_bytes
 from serve.problems import PROBLEM_MEDIA_TYPE, ProblemError, problem_of
 
@@ -44,8 +44,6 @@ _WHAT = {
     503: "Model unavailable; see Retry-After",
     504: "Took too long",
 }
-
-OnePatch = Annotated[UploadFile, File(description="One patch: TIFF, PNG, JPEG or WebP of the model's `patch_size_px`, 8-bit RGB")]
 
 Spacing = Annotated[
     float | None,
@@ -79,6 +77,7 @@ def prediction_router(backend: WatchedBackend, manifest: BundleManifest, config:
     keys = [Depends(APIKeyHeader(name="X-API-Key", auto_error=False)), Depends(HTTPBearer(auto_error=False))] if config.auth == "keys" else []
     router, side = APIRouter(dependencies=keys), manifest.patch_size_px
     what = f"TIFF, PNG, JPEG or WebP, {side}x{side}, 8-bit RGB"
+    one_patch_body = {"required": True, "content": form_of(ONE_FILE, {"type": "string", "format": "binary", "description": f"One patch: {what}"})}
     card = ModelCard.of(manifest)
     reading = 0
 
@@ -88,23 +87,24 @@ def prediction_router(backend: WatchedBackend, manifest: BundleManifest, config:
         measures().decided(decision, prediction.needs_review)
         return prediction
 
-    async def one_patch(request: Request, file: UploadFile) -> UInt8Array:
-        # FastAPI would take the last of several and answer about that one.
-        if len((await request.form()).getlist("file")) > 1:
-            raise ProblemError("several_files", "send one field `file` per request")
-        # Decoding takes a millisecond or two; on the event loop it would hold up every other request.
-        return await run_in_threadpool(patch_from_bytes, await file.read(), side, config.allow_resize)
+    async def one_patch(request: Request) -> UInt8Array:
+        data = await one_file(request)
+        plain = plain_tiff(data, side)
+        # Other decoding takes up to some milliseconds; on the event loop it would hold up every other request.
+        return await asyncio.to_thread(patch_from_bytes, data, side, config.allow_resize) if plain is None else plain
 
     @router.post(
         "/predict",
         summary="Classify one patch",
         tags=["prediction"],
+        response_model=Prediction,
         responses=documented(400, 401, 408, 413, 415, 422, 429, 500, 503, 504),
+        openapi_extra={"requestBody": one_patch_body},
     )
-    async def predict(request: Request, file: OnePatch, spacing_um_px: Spacing = None) -> Prediction:
+    async def predict(request: Request, spacing_um_px: Spacing = None) -> Response:
         """Say whether the centre 32x32 pixels of a patch hold tumour tissue, with a calibrated probability and whether a human should look."""
-        decision, speaker = await backend.classify(await one_patch(request, file))
-        return told(decision, speaker, request, spacing_um_px)
+        decision, speaker = await backend.classify(await one_patch(request))
+        return Response(told(decision, speaker, request, spacing_um_px).model_dump_json(), media_type="application/json")
 
     @router.post(
         "/predict/batch",
@@ -130,7 +130,7 @@ def prediction_router(backend: WatchedBackend, manifest: BundleManifest, config:
             if kind in ARRAY_TYPES:
                 pieces = _array_pieces(request, side, config)
             elif kind == "multipart/form-data":
-                pieces = _file_pieces(await _files_of(request, config.max_batch_patches), side, config)
+                pieces = _file_pieces(await many_files(request, config.max_batch_patches), side, config)
             else:
                 raise ProblemError("unsupported_media_type", f"expected multipart/form-data or {' or '.join(ARRAY_TYPES)}")
             answers: list[Prediction | Problem] = []
@@ -143,7 +143,7 @@ def prediction_router(backend: WatchedBackend, manifest: BundleManifest, config:
                         answers.append(problem_of(*bad, request_id_of(request.scope)))
         finally:
             reading -= 1
-        return Response(await run_in_threadpool(BATCH.dump_json, answers), media_type="application/json")
+        return Response(await asyncio.to_thread(BATCH.dump_json, answers), media_type="application/json")
 
     @router.post(
         "/explain",
@@ -154,16 +154,16 @@ def prediction_router(backend: WatchedBackend, manifest: BundleManifest, config:
             200: {"description": "The patch under its map, PNG", "content": {"image/png": {}}},
             **documented(400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504),
         },
+        openapi_extra={"requestBody": one_patch_body},
     )
     async def explain(
         request: Request,
-        file: OnePatch,
         opacity: Annotated[float, Query(ge=0, le=1, allow_inf_nan=False, description="Of the map: 0 = the patch alone, 1 = the map alone")] = 0.4,
     ) -> Response:
         """Draw Grad-CAM of the difference between both logits over a patch: red speaks for Metastatic. It says where, not whether."""
-        shown, speaker = await backend.explain(await one_patch(request, file), opacity)
+        shown, speaker = await backend.explain(await one_patch(request), opacity)
         headers = {"X-Model-Digest": speaker.model.digest, "X-Notice": RESEARCH_USE_NOTICE}
-        return Response(await run_in_threadpool(_png, shown), media_type="image/png", headers=headers)
+        return Response(await asyncio.to_thread(_png, shown), media_type="image/png", headers=headers)
 
     @router.get("/model", summary="The served model's card", tags=["model"], responses=documented(401))
     async def model() -> ModelCard:
@@ -176,25 +176,7 @@ def prediction_router(backend: WatchedBackend, manifest: BundleManifest, config:
 def _batch_body(side: int, what: str, max_patches: int) -> dict[str, Any]:
     files = {"type": "array", "items": {"type": "string", "format": "binary"}, "maxItems": max_patches, "description": f"Patches: {what}"}
     array = {"type": "string", "format": "binary", "description": f"uint8, n x {side} x {side} x 3, RGB, C order: raw or .npy"}
-    form = {"schema": {"type": "object", "properties": {"files": files}, "required": ["files"]}}
-    return {"required": True, "content": {"multipart/form-data": form} | {kind: {"schema": array} for kind in ARRAY_TYPES}}
-
-
-async def _files_of(request: Request, max_patches: int) -> list[ReceivedFile]:
-    """Return the files of a form, all of them: one that was passed over would shift the answers of those after it."""
-    # One more, so that it is us who refuse.
-    form = await request.form(max_files=max_patches + 1, max_fields=16)
-    boundary = request.headers["content-type"].partition("boundary=")[2].partition(";")[0].strip().strip('"')
-    if not tail_of_body(request.scope).rstrip().endswith(f"--{boundary}--".encode("latin-1")):
-        raise ProblemError("malformed_body", "the form does not end with its boundary: a part of it is missing")
-    files = [value for key, value in form.multi_items() if key == "files" and isinstance(value, ReceivedFile)]
-    if not files:
-        raise ProblemError("missing_file", "expected multipart/form-data with the images as files in the field `files`")
-    if len(files) < len(form.multi_items()):
-        raise ProblemError("invalid_request", "the form holds something that is not a file of the field `files`")
-    if len(files) > max_patches:
-        raise ProblemError("too_many_patches", f"a request may hold {max_patches} patches at most")
-    return files
+    return {"required": True, "content": form_of(MANY_FILES, files) | {kind: {"schema": array} for kind in ARRAY_TYPES}}
 
 
 # What is wrong with a patch: kind and detail of a problem.
@@ -208,10 +190,10 @@ async def _array_pieces(request: Request, side: int, config: ServeConfig) -> Asy
         yield patches, [None] * len(patches)
 
 
-async def _file_pieces(files: list[ReceivedFile], side: int, config: ServeConfig) -> AsyncIterator[_Piece]:
+async def _file_pieces(files: list[UploadFile], side: int, config: ServeConfig) -> AsyncIterator[_Piece]:
     for start in range(0, len(files), config.max_batch_size):
         data = [await file.read() for file in files[start : start + config.max_batch_size]]
-        yield await run_in_threadpool(_decoded, data, side, config)
+        yield await asyncio.to_thread(_decoded, data, side, config)
 
 
 def _decoded(files: list[bytes], side: int, config: ServeConfig) -> _Piece:

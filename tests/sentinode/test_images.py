@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from sentinode.errors import PatchError, PatchErrorCode
-from sentinode.images import UInt8Array, _plain_tiff, decode_patch
+from sentinode.images import UInt8Array, decode_patch, plain_tiff
 from tests.factories import random_patches
 from tests.sentinode.image_files import LONG, SHORT, encode, png, rgb_tiff, tiff, tiled_grey_tiff
 
@@ -298,7 +298,7 @@ def kaggle_like_tiff(pixels: UInt8Array) -> bytes:
 def by_pillow(data: bytes) -> UInt8Array | PatchErrorCode:
     """The answer without the short way for plain files."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("sentinode.images._plain_tiff", lambda data, size_px: None)
+        patched.setattr("sentinode.images.plain_tiff", lambda data, size_px: None)
         return answer(data)
 
 
@@ -313,7 +313,7 @@ def answer(data: bytes) -> UInt8Array | PatchErrorCode:
 def test_plain_tiffs_take_the_short_way_and_give_what_pillow_gives(make: Callable[[UInt8Array], bytes]) -> None:
     pixels = random_patches(1)[0]
     data = make(pixels)
-    short = _plain_tiff(data, 96)
+    short = plain_tiff(data, 96)
     assert short is not None
     assert np.array_equal(short, pixels)
     assert np.array_equal(by_pillow(data), pixels)
@@ -327,7 +327,7 @@ def test_the_short_way_never_gives_other_pixels_than_pillow_whatever_byte_of_the
     for place in range(len(whole) - 96 * 96 * 3):
         for change in (1, 2, 4, 8, 16, 32, 64, 128, 255):
             data = whole[:place] + bytes([whole[place] ^ change]) + whole[place + 1 :]
-            short = _plain_tiff(data, 96)
+            short = plain_tiff(data, 96)
             if short is None:
                 continue
             taken += 1
@@ -339,4 +339,4 @@ def test_the_short_way_never_gives_other_pixels_than_pillow_whatever_byte_of_the
 
 @pytest.mark.parametrize("keep", [0, 3, 8, 9, 10, 100, 200, -1, -27648])
 def test_a_plain_tiff_that_is_cut_off_is_not_plain(keep: int) -> None:
-    assert _plain_tiff(kaggle_like_tiff(random_patches(1)[0])[:keep], 96) is None
+    assert plain_tiff(kaggle_like_tiff(random_patches(1)[0])[:keep], 96) is None
