@@ -10,6 +10,7 @@ import asyncio
 import os
 import signal
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -88,40 +89,70 @@ def litserve(args: argparse.Namespace) -> None:
     server.run(host="127.0.0.1", port=args.port, log_level="error", generate_client_file=False)
 
 
+def bentoml(args: argparse.Namespace) -> None:
+    """BentoML with its own batching."""
+    given = "\n".join((str(args.bundle.resolve()), args.engine, str(args.zero)))
+    quiet = {"BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": tempfile.mkdtemp(prefix="bentoml-"), "SENTINODE_BENCHMARK": given}
+    command = ["-m", "bentoml", "serve", "benchmarks.serve_bentoml:Api", "--host", "127.0.0.1", "--port", str(args.port), "--working-dir", "."]
+    os.execve(sys.executable, [sys.executable, *command, "--api-workers", "1"], os.environ | quiet)
+
+
 def ours(args: argparse.Namespace) -> None:
     """The endpoint on a Ray of its own."""
     import ray
     from ray import serve as ray_serve
 
     from ray_jobs.cluster import connected
-    from serve.app import ENDPOINT, FusedEndpoint, _deployment
+    from serve.app import CLASSIFIER, ENDPOINT, FusedEndpoint, SplitEndpoint, _deployment
+    from serve.engine import Classifier
 
-    class Pinned(FusedEndpoint):  # type: ignore[misc, valid-type]
-        async def __init__(self, config: ServeConfig, manifest: Any, digests: tuple[str, ...], is_zero: bool) -> None:  # type: ignore[misc]
+    def pinned(classifier: Classifier, cores: set[int]) -> None:
+        os.sched_setaffinity(0, cores)
+        classifier._forward_thread.submit(pin_engine).result()
+        if args.zero:
+            classifier._predictor.decide = lambda patches, batch_size=256: zero(patches)  # type: ignore[method-assign]
+
+    class PinnedFused(FusedEndpoint):  # type: ignore[misc, valid-type]
+        async def __init__(self, *given: Any) -> None:  # type: ignore[misc]
             cores = os.sched_getaffinity(0)
             # While the engine is loaded: the threads that it makes stay where the one is that makes them.
             pin_engine()
-            await super().__init__(config, manifest, digests)
-            os.sched_setaffinity(0, cores)
-            self._classifier._forward_thread.submit(pin_engine).result()
-            if is_zero:
-                self._classifier._predictor.decide = lambda patches, batch_size=256: zero(patches)
+            await super().__init__(*given)
+            pinned(self._classifier, cores)
+
+    class PinnedClassifier(Classifier):
+        def __init__(self, *given: Any) -> None:
+            cores = os.sched_getaffinity(0)
+            pin_engine()
+            super().__init__(*given)
+            pinned(self, cores)
 
     manifest = Bundle.open(args.bundle).manifest
-    config = ServeConfig(
-        bundle=str(args.bundle.resolve()), auth="none", engine=args.engine, max_replicas=1, max_ongoing_requests=256, max_batch_size=BATCH
-    )
-    deployment = _deployment(Pinned, ENDPOINT, config, 1, 0, 1000)
+    given = {"bundle": str(args.bundle.resolve()), "auth": "none", "engine": args.engine, "max_replicas": 1, "max_ongoing_requests": 256}
+    config = ServeConfig(**given, max_batch_size=BATCH)
+    if args.arm == "ours-split":
+        classifier = _deployment(PinnedClassifier, CLASSIFIER, config, 1, 0, 1000).bind(config, manifest.digest)
+        application = _deployment(SplitEndpoint, ENDPOINT, config, 0.5, 0, 1000).bind(classifier, config, manifest, ())
+    else:
+        application = _deployment(PinnedFused, ENDPOINT, config, 1, 0, 1000).bind(config, manifest, ())
     with connected(2):
         ray_serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": args.port, "request_timeout_s": 120})
-        ray_serve.run(deployment.bind(config, manifest, (), args.zero), name="sentinode")
+        ray_serve.run(application, name="sentinode")
         threading.Event().wait()
     assert ray.is_initialized()
 
 
-ARMS = {"plain": plain, "litserve": litserve, "ours": ours, "ours-haproxy": ours}
-ENVIRONMENT = {"ours-haproxy": {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}}
-"""Variables that must stand before Ray starts."""
+PEER_ARMS = {"plain": plain, "litserve": litserve, "litserve-torch": litserve, "bentoml": bentoml}
+_HAPROXY, _THROUGHPUT = {"RAY_SERVE_ENABLE_HA_PROXY": "1"}, {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+ENVIRONMENT = {
+    "ours": {},
+    "ours-throughput": _THROUGHPUT,
+    "ours-haproxy-only": _HAPROXY,
+    "ours-haproxy": _HAPROXY | _THROUGHPUT,
+    "ours-split": _HAPROXY | _THROUGHPUT,
+}
+"""Variables that must stand before Ray starts, of each arm of ours."""
+ARMS = PEER_ARMS | dict.fromkeys(ENVIRONMENT, ours)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,21 +16,12 @@ class Measures:
     def __init__(self) -> None:
         self._requests = metrics.Counter("sentinode_requests", "Requests answered.", ("route", "method", "status"))
         self._latency = metrics.Histogram("sentinode_request_seconds", "From the first byte to the answer's last.", LATENCY_BOUNDARIES_S, ("route",))
-        self._in_flight = metrics.Gauge("sentinode_requests_in_flight", "Requests being answered by a replica.", ())
         self._passes = metrics.Histogram("sentinode_batch_patches", "Patches of a forward pass.", BATCH_BOUNDARIES, ())
         self._engine = metrics.Histogram("sentinode_engine_seconds", "Time of a forward pass or of a map.", LATENCY_BOUNDARIES_S, ())
         self._decisions = metrics.Counter("sentinode_decisions", "Patches decided about.", ("prediction", "needs_review"))
-        self._flying = 0
-
-    def begun(self) -> None:
-        """Count a request that came."""
-        self._flying += 1
-        self._in_flight.set(self._flying)
 
     def ended(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count a request that was answered, by the matched route: paths are the caller's."""
-        self._flying -= 1
-        self._in_flight.set(self._flying)
         self._requests.inc(1, {"route": route, "method": method, "status": str(status)})
         self._latency.observe(seconds, {"route": route})
 

@@ -70,7 +70,6 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         started, timeout_s = time.perf_counter(), self._timeout_s_of(scope)
-        measures().begun()
         offered = Headers(scope=scope).get(REQUEST_ID_HEADER)
         valid = offered is None or _REQUEST_ID.fullmatch(offered) is not None
         request_id = offered if offered and valid else str(uuid.uuid4())

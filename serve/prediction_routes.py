@@ -59,7 +59,8 @@ Spacing = Annotated[
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return FastAPI's `responses` for problems of these statuses."""
-    content = {PROBLEM_MEDIA_TYPE: {"schema": Problem.model_json_schema()}}
+    # By name: `Problem` is among the models of /predict/batch, so that a generated client has one class for all problems.
+    content = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {status: {"description": _WHAT[status], "content": content} for status in statuses}
 
 

@@ -1,6 +1,7 @@
 """An endpoint under constant load from another process, while its replicas are killed, frozen, replaced and taken away.
 
 Through the client library nothing fails, and no answer, to anybody, is wrong: each is compared with the offline one of the model that it names.
+With RAY_SERVE_ENABLE_HA_PROXY=1 in the environment the same happens behind HAProxy (docs/serving.md).
 """
 
 import json
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import ray
 from ray import serve as ray_serve
 
 from sentinode.bundle import Bundle
@@ -66,6 +68,16 @@ def endpoint(settings: ServeConfig) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         ray_serve.shutdown()
+        # It gives up after 30 s, for which replicas drain behind HAProxy: the next endpoint would be given to a controller that is about to die.
+        wait_until(lambda: not controller_is_there(), 120, lambda: "Serve's controller is still there")
+
+
+def controller_is_there() -> bool:
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return False
+    return True
 
 
 class Load:

@@ -158,3 +158,18 @@ def test_the_page_asks_nobody_else(client: TestClient) -> None:
         assert response.headers["content-type"].startswith(kind)
         assert "default-src 'none'" in response.headers["content-security-policy"]
         assert "http" not in response.text.replace("http-equiv", "")
+
+
+def test_the_description_is_one_that_clients_are_generated_from(client: TestClient) -> None:
+    described = client.get("/openapi.json").json()
+    operations = {operation["operationId"]: operation for methods in described["paths"].values() for operation in methods.values()}
+    # Names of functions in a generated client.
+    assert {"predict", "predict_batch", "explain", "model"} <= operations.keys()
+    for name in ("predict", "predict_batch", "explain"):
+        assert "multipart/form-data" in operations[name]["requestBody"]["content"]
+        # One class for every problem.
+        problems = [
+            answer["content"]["application/problem+json"]["schema"] for status, answer in operations[name]["responses"].items() if status != "200"
+        ]
+        assert all(schema == {"$ref": "#/components/schemas/Problem"} for schema in problems)
+    assert {"Prediction", "Problem", "ModelCard"} <= described["components"]["schemas"].keys()
