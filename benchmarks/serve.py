@@ -1,7 +1,8 @@
 """Latency and throughput of the endpoint beside plain FastAPI, LitServe and BentoML, with the same network and the same body.
 
-    python -m benchmarks.serve --bundle out/run/bundle --engine auto          # needs Debian's wrk, two cores, `pip install litserve bentoml`
-    python -m benchmarks.serve --bundle out/run/bundle --zero                 # a network that costs nothing: what the server costs
+    pip install --target bentoml-packages bentoml       # its OpenTelemetry does not go with Ray's, so not into the environment
+    python -m benchmarks.serve --bundle out/run/bundle --engine auto --bentoml-packages bentoml-packages     # needs Debian's wrk, and two cores
+    python -m benchmarks.serve --bundle out/run/bundle --zero --bentoml-packages bentoml-packages            # no network: what the server costs
 
 Arms, one after the other in each round: `plain` (FastAPI and uvicorn, one patch per pass), `litserve`, `bentoml`, `litserve-torch` (with torch,
 whatever --engine says), `ours` (Ray Serve's own proxy) and `ours-haproxy` (HAProxy, and Serve's throughput settings); by name also
@@ -69,9 +70,9 @@ class Bare:
         self._predictor = self._thread.submit(loaded, args.bundle, args.engine, args.zero).result()
         self._patches = random_patches(PATCHES_OF_A_BATCH, side_px=self._predictor.manifest.patch_size_px)
 
-    def images_per_s(self, seconds: float, batches: tuple[int, ...] = BARE_BATCHES) -> float:
-        """Return its best rate over these batch sizes, each tried for `seconds`."""
-        return max(self._thread.submit(self._rate, batch, seconds).result() for batch in batches)
+    def images_per_s(self, seconds: float, batches: tuple[int, ...] = BARE_BATCHES) -> dict[int, float]:
+        """Return its rate with each of these batch sizes, each tried for `seconds`."""
+        return {batch: self._thread.submit(self._rate, batch, seconds).result() for batch in batches}
 
     def _rate(self, batch: int, seconds: float) -> float:
         piece = self._patches[:batch]
@@ -97,13 +98,17 @@ def running(arm: str, args: argparse.Namespace) -> Iterator[tuple[str, psutil.Pr
     command = ["taskset", "-c", str(OTHER_CORE), sys.executable, "-m", "benchmarks.serve_arms", arm, "--bundle", str(args.bundle)]
     command += ["--engine", "torch" if arm == "litserve-torch" else args.engine, "--port", str(port), *(["--zero"] if args.zero else [])]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | ENVIRONMENT.get(arm, {})
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    if arm == "bentoml" and args.bentoml_packages:
+        environment["PYTHONPATH"] = str(args.bentoml_packages.resolve())
+    log = tempfile.TemporaryFile()  # noqa: SIM115
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     content, kind = body()
     try:
         end = time.monotonic() + 120
         while True:
             if process.poll() is not None or time.monotonic() > end:
-                raise SystemExit(f"{arm} did not start")
+                log.seek(0)
+                raise SystemExit(f"{log.read().decode()}\n{arm} did not start")
             try:
                 url = f"http://127.0.0.1:{port}/predict"
                 if httpx.post(url, content=content, headers={"content-type": kind}, timeout=10, trust_env=False).status_code == 200:
@@ -193,28 +198,28 @@ class Rounds:
         """Requests/s at SATURATED connections / images/s of the bare engine just before."""
         self.batch_of_engine: dict[str, list[float]] = {}
         self.at_rate: dict[str, list[dict[str, float]]] = {}
-        self.bare: list[float] = []
+        self.bare: list[dict[int, float]] = []
+        """Images/s by batch size."""
 
     def run(self, number: int) -> None:
         """Measure each arm once."""
         args = self._args
         for arm in args.arms[:: 1 if number % 2 else -1]:
-            bare = self._bare.images_per_s(args.seconds / len(BARE_BATCHES))
-            self.bare.append(bare)
+            self.bare.append(self._bare.images_per_s(args.seconds / len(BARE_BATCHES)))
             with running(arm, args) as (url, process):
                 saturate(url, 4, 2, self._script, process)
                 for connections in args.connections:
                     found = saturate(url, connections, args.seconds, self._script, process)
                     self.saturated.setdefault((arm, connections), []).append(found)
                     print(number, arm, connections, found, flush=True)
-                self.of_engine.setdefault(arm, []).append(self.saturated[arm, SATURATED][-1].requests_per_s / bare)
+                self.of_engine.setdefault(arm, []).append(self.saturated[arm, SATURATED][-1].requests_per_s / max(self.bare[-1].values()))
                 if arm in OURS:
                     self._run_batches(arm, url)
 
     def _run_batches(self, arm: str, url: str) -> None:
         ratios = []
         for _ in range(3):
-            engine = self._bare.images_per_s(self._args.seconds / 2, (16, 32))
+            engine = max(self._bare.images_per_s(self._args.seconds / 2, (16, 32)).values())
             ratios.append(batch_patches_per_s(url, self._bare._patches, self._args.seconds) / engine)
         print(arm, "/predict/batch of the bare engine:", [f"{ratio:.2f}" for ratio in ratios], flush=True)
         self.batch_of_engine.setdefault(arm, []).extend(ratios)
@@ -241,7 +246,7 @@ def ratio(ours: list[float], theirs: list[float]) -> str:
 
 def report(rounds: Rounds, args: argparse.Namespace) -> None:
     """Print medians and ratios."""
-    print(f"bare engine: {median(rounds.bare):.0f} images/s at its best batch ({min(rounds.bare):.0f} to {max(rounds.bare):.0f})")
+    print("bare engine, images/s:", ", ".join(f"{median(bare[batch] for bare in rounds.bare):.0f} in batches of {batch}" for batch in BARE_BATCHES))
     print("| arm | connections | requests/s | p50 ms | p95 ms | p99 ms | errors | memory MiB |\n|---|---|---|---|---|---|---|---|")
     for connections in args.connections:
         for arm in args.arms:
@@ -277,6 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--zero", action="store_true", help="without a network")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5)
+    parser.add_argument("--bentoml-packages", type=Path, help="folder that BentoML was installed into")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(DEFAULT_ARMS))
     parser.add_argument("--connections", nargs="+", type=int, default=list(CONNECTIONS))
     args = parser.parse_args(argv)
@@ -287,7 +293,8 @@ def main(argv: list[str] | None = None) -> int:
         for number in range(args.rounds):
             rounds.run(number)
         args.rate = 0.7 * median(rounds.best_peer(SATURATED) or [run.requests_per_s for run in rounds.saturated[args.arms[0], SATURATED]])
-        for _ in range(args.rounds):
+        # Without a network the load process, written in Python, would be what is measured.
+        for _ in range(0 if args.zero else args.rounds):
             rounds.run_at(args.rate)
     report(rounds, args)
     return 0

