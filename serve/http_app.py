@@ -56,9 +56,16 @@ def create_http_app(
     echo_request_id : bool
         See `serve.middleware.RequestContext`.
     """
-    about = {"title": "Sentinode", "version": __version__, "description": _DESCRIPTION}
-    # A generated client's functions are named like ours: predict, predict_batch, explain, model.
-    app = FastAPI(**about, docs_url=None, redoc_url=None, redirect_slashes=False, generate_unique_id_function=lambda route: route.name)
+    app = FastAPI(
+        title="Sentinode",
+        version=__version__,
+        description=_DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        # A generated client's functions are named like ours: predict, predict_batch, explain, model.
+        generate_unique_id_function=lambda route: route.name,
+    )
     watched = WatchedBackend(backend, manifest.patch_size_px)
     router = prediction_router(watched, manifest, config)
     app.include_router(router, prefix=VERSION_PREFIX)
