@@ -12,6 +12,7 @@ from sentinode.probability import Decision
 WRONG_SPACING = "wrong_spacing"
 UNKNOWN_SPACING = "unknown_spacing"
 
+EXAMPLE_REQUEST_ID = "0c8f6a2e-6d1b-4c6e-9d0e-2f2f4f0f7a11"
 EXAMPLE_DIGEST = "3f786850e387550fdab836ed7e6dc881de23001b" + "0" * 24
 
 
@@ -62,7 +63,7 @@ class Prediction(Answer):
     spacing_um_px: float | None = Field(default=None, examples=[0.972])
     """As the caller gave it, micrometres; null = not given."""
     model: ModelReference
-    request_id: str = Field(examples=["0c8f6a2e-6d1b-4c6e-9d0e-2f2f4f0f7a11"])
+    request_id: str = Field(examples=[EXAMPLE_REQUEST_ID])
     """The caller's `X-Request-ID`, or one made here."""
     notice: str = Field(default=RESEARCH_USE_NOTICE, examples=[RESEARCH_USE_NOTICE])
 
@@ -139,31 +140,32 @@ class Ready(Answer):
 class ReviewThresholds(Answer):
     """When a prediction is flagged for a human."""
 
-    below: float
+    below: float = Field(examples=[0.85])
     """Flagged when max(p, 1-p) is below this."""
-    band: float
+    band: float = Field(examples=[0.05])
     """Flagged when p lies within this distance of the threshold."""
 
 
 class DataOfModel(Answer):
     """What the model was trained on."""
 
-    fingerprint: str
+    fingerprint: str = Field(examples=[EXAMPLE_DIGEST])
     """Of the prepared data set; equal fingerprints are equal patches, labels and splits."""
-    split_method: SplitMethod
-    leak_level: LeakLevel
-    leak_meaning: str
-    notes: list[str]
+    split_method: SplitMethod = Field(examples=["overlap"])
+    leak_level: LeakLevel = Field(examples=["pixels"])
+    leak_meaning: str = Field(examples=[LEAK_MEANING["pixels"]])
+    """What `leak_level` says of the figures."""
+    notes: list[str] = Field(examples=[[]])
 
 
 class ModelCard(Answer):
     """The served model's card, from its bundle.json."""
 
-    name: str
-    version: str
+    name: str = Field(examples=["sentinode"])
+    version: str = Field(examples=["1"])
     digest: str = Field(examples=[EXAMPLE_DIGEST])
-    created_at: str
-    licence: str
+    created_at: str = Field(examples=["2026-11-28T12:00:00+00:00"])
+    licence: str = Field(examples=["Apache-2.0"])
     arch: str = Field(examples=["resnet34"])
     class_names: tuple[str, str] = Field(examples=[("Normal", "Metastatic")])
     patch_size_px: int = Field(examples=[96])
@@ -172,13 +174,13 @@ class ModelCard(Answer):
     """Side of what the network sees."""
     spacing_um_px: float | None = Field(examples=[0.972])
     """Physical size of a pixel of the training patches, micrometres; null when unknown."""
-    threshold: float
+    threshold: float = Field(examples=[0.41])
     threshold_rule: ThresholdRule
-    temperature: float
+    temperature: float = Field(examples=[1.18])
     """probability = sigmoid(logit / temperature + bias)."""
-    bias: float
+    bias: float = Field(examples=[-0.21])
     review: ReviewThresholds
-    metrics: dict[str, Any]
+    metrics: dict[str, Any] = Field(examples=[{"roc_auc": 0.96, "confusion": {"tn": 530, "fp": 90, "fn": 19, "tp": 361}}])
     """On validation, which also chose epoch, calibration and threshold: optimistic."""
     data: DataOfModel
     notice: str = Field(default=RESEARCH_USE_NOTICE, examples=[RESEARCH_USE_NOTICE])
@@ -209,7 +211,7 @@ class Problem(Answer):
     title: str = Field(examples=["The image is truncated or damaged"])
     status: int = Field(examples=[422])
     detail: str = Field(examples=["the image is truncated or damaged"])
-    request_id: str = Field(examples=["0c8f6a2e-6d1b-4c6e-9d0e-2f2f4f0f7a11"])
+    request_id: str = Field(examples=[EXAMPLE_REQUEST_ID])
 
 
 BATCH = TypeAdapter(list[Prediction | Problem])

@@ -9,6 +9,7 @@ What may succeed when it is asked again is asked again: equal patches get equal 
 """
 
 import asyncio
+import math
 import random
 import ssl
 import time
@@ -17,6 +18,8 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from io import BytesIO
 from pathlib import Path
@@ -104,8 +107,7 @@ class _Attempts:
         """Return how long to wait before the next attempt; raises UnavailableError where there is no time for one."""
         asked_s = 0.0
         if isinstance(met, httpx.Response):
-            with suppress(ValueError):
-                asked_s = float(met.headers.get("Retry-After", "0"))
+            asked_s = _retry_after_s(met.headers.get("Retry-After", "0"))
         # Spread, so that callers who were refused together do not come back together.
         wait_s = max(asked_s, self._wait_s) * random.uniform(1.0, 1.5)
         self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
@@ -113,6 +115,16 @@ class _Attempts:
             what = f"status {met.status_code}" if isinstance(met, httpx.Response) else type(met).__name__
             raise UnavailableError(f"the endpoint gave no answer in the time allowed; the last attempt met {what}")
         return wait_s
+
+
+def _retry_after_s(value: str) -> float:
+    """Read a Retry-After header, seconds or a date (RFC 9110, section 10.2.3); 0 for what is neither."""
+    with suppress(ValueError):
+        seconds = float(value)
+        return seconds if math.isfinite(seconds) else 0.0
+    with suppress(ValueError, TypeError):  # a date may come without its zone
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    return 0.0
 
 
 def _root(error: BaseException) -> BaseException:
@@ -269,9 +281,9 @@ class Client:
         E.g. `http://127.0.0.1:8000`.
     api_key : str or None
     timeout_s : float
-        For one attempt of a request about one patch.
+        Longest silence of the server in one attempt of a request about one patch.
     give_up_after_s : float
-        For a request about one patch, with all its repetitions.
+        For a request about one patch: no attempt begins later than this after the first.
     batch_timeout_s, batch_give_up_after_s : float
         The same for requests about several; the first should exceed the endpoint's `batch_request_timeout_s`.
     verify : bool or str

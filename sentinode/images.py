@@ -136,6 +136,8 @@ def plain_tiff(data: bytes, size_px: int) -> UInt8Array | None:
     if start + 2 > len(data):
         return None
     (entries,) = struct.unpack_from("<H", data, start)
+    if entries > len(_PLAIN_TAGS):
+        return None  # before a copy of it is made, and kept as a key
     layout = _plain_layout(data[start + 2 : start + 2 + 12 * entries + 4], size_px)
     if layout is None:
         return None

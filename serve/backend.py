@@ -16,6 +16,8 @@ from serve.problems import ProblemError
 READY_FOR_S = 10.0
 """A prediction that succeeded this lately is proof enough: a busy endpoint is never probed."""
 PROBE_TIMEOUT_S = 10.0
+UNREADY_FOR_S = 1.0
+"""Whoever asks so soon after a probe failed is told so: each would else hold a place for as long as a probe takes, and nobody needs a key to ask."""
 
 _Answer = TypeVar("_Answer")
 
@@ -51,7 +53,7 @@ class WatchedBackend:
     def __init__(self, backend: Backend, patch_size_px: int) -> None:
         self._backend = backend
         self._probe = probe_patch(patch_size_px)
-        self._last_success = float("-inf")
+        self._last_success = self._last_failed_probe = float("-inf")
         self._probing = asyncio.Lock()
 
     async def classify(self, patch: UInt8Array) -> tuple[Decision, Speaker]:
@@ -68,11 +70,14 @@ class WatchedBackend:
         async with self._probing:
             if time.monotonic() - self._last_success < READY_FOR_S:
                 return
+            if time.monotonic() - self._last_failed_probe < UNREADY_FOR_S:
+                raise _not_ready()
             try:
                 async with asyncio.timeout(PROBE_TIMEOUT_S):
                     await self.classify(self._probe)
             except (ProblemError, TimeoutError) as error:
-                raise ProblemError("not_ready", "a prediction on a built-in patch failed; try again", {"Retry-After": "1"}) from error
+                self._last_failed_probe = time.monotonic()
+                raise _not_ready() from error
 
     async def _watched(self, asked: Awaitable[_Answer]) -> _Answer:
         """Wait for an answer, or end the request with a 429 or 503 that says it may be retried."""
@@ -92,3 +97,7 @@ class WatchedBackend:
     def _succeeded(self, answer: _Answer) -> _Answer:
         self._last_success = time.monotonic()
         return answer
+
+
+def _not_ready() -> ProblemError:
+    return ProblemError("not_ready", "a prediction on a built-in patch failed; try again", {"Retry-After": "1"})

@@ -1,7 +1,6 @@
 """The classifier inside a Serve replica: one loaded bundle that decides about patches in batches."""
 
 import asyncio
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +62,7 @@ class Classifier:
         self._batcher = Batcher(self._decide_batch, max_batch_size=config.max_batch_size, wait_s=config.batch_wait_timeout_s)
         self._explainer: Explainer | EnsembleExplainer | None = None
         # The first pass is slow (allocations, kernel choice) and shows whether the network works at all: better now than under a request.
-        _require_number(self._predictor.decide(self._probe[None])[0])
+        self._predictor.decide(self._probe[None])
         self._last_pass_at = time.monotonic()
         self._running_since: float | None = None
 
@@ -72,16 +71,16 @@ class Classifier:
 
         Raises
         ------
-        EngineError
+        SentinodeError
             The network's answer is not a number.
         """
-        return _require_number(await self._batcher.classify(patch)), self._speaker
+        return await self._batcher.classify(patch), self._speaker
 
     async def classify_many(self, patches: UInt8Array) -> tuple[list[Decision], Speaker]:
         """Decide about uint8 patches (n, patch_size_px, patch_size_px, 3), RGB, in one forward pass of their own; in order; raises as `classify`."""
         decisions = await self._forward(lambda: self._predictor.decide(patches))
         measures().passed(len(patches))
-        return [_require_number(decision) for decision in decisions], self._speaker
+        return decisions, self._speaker
 
     async def explain(self, patch: UInt8Array, opacity: float) -> tuple[UInt8Array, Speaker]:
         """Return a patch, uint8 (patch_size_px, patch_size_px, 3), RGB, under its Grad-CAM map; 0 = the patch alone, 1 = the map alone.
@@ -101,7 +100,7 @@ class Classifier:
             if time.monotonic() - running_since > self._engine_timeout_s:
                 raise EngineError(f"a forward pass has been running for more than {self._engine_timeout_s:g} s")
         elif time.monotonic() - self._last_pass_at >= PROBE_AFTER_IDLE_S:
-            _require_number((await self._decide_batch([self._probe]))[0])
+            await self._decide_batch([self._probe])
 
     async def _decide_batch(self, patches: list[UInt8Array]) -> list[Decision]:
         decisions = await self._forward(lambda: self._predictor.decide(np.stack(patches)))
@@ -130,10 +129,3 @@ class Classifier:
             except UsageError as error:
                 raise NotExplainableError(str(error)) from error
         return overlay(patch, self._explainer.maps(patch[None])[0], opacity)
-
-
-def _require_number(decision: Decision) -> Decision:
-    # NaN compares false with every threshold and would come out as "Normal".
-    if not math.isfinite(decision.logit):
-        raise EngineError("the network's answer is not a number")
-    return decision

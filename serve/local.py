@@ -54,11 +54,11 @@ def run_local(
     KeyboardInterrupt
         Passed on after Serve was shut down.
     """
-    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
-        _require_haproxy_can_run(tls)
     if ray_serve.status().proxies:
         # Joining it would ignore our host and port, and ending ours would end its applications.
         raise UsageError("Ray Serve already runs on this Ray cluster; use `serve deploy serve/config.yaml` there, or unset RAY_ADDRESS")
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+        _require_haproxy_can_run(tls)
     try:
         ray_serve.start(
             proxy_location="HeadOnly",
@@ -80,7 +80,10 @@ def _require_haproxy_can_run(tls: tuple[Path, Path] | None) -> None:
     if tls is not None:
         raise UsageError("Serve's HAProxy does no TLS; unset RAY_SERVE_ENABLE_HA_PROXY, or leave TLS to a server in front")
     for variable, default in (("RAY_SERVE_HAPROXY_STATS_PORT", 8404), ("RAY_SERVE_HAPROXY_METRICS_PORT", 9101)):
-        port = int(os.environ.get(variable, default))
+        given = os.environ.get(variable, str(default))
+        if not given.isdecimal():
+            raise UsageError(f"{variable}={given}: expected a port")
+        port = int(given)
         try:
             usable_port("0.0.0.0", port)
         except UsageError as error:

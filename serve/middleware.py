@@ -32,14 +32,6 @@ _DRAIN_BYTES = 32 * 1024 * 1024
 _DRAIN_TIMEOUT_S, _DRAIN_IDLE_S = 2.0, 0.25
 # A body that may take longer than `body_timeout_s` must come at least so fast.
 _SLOWEST_BYTES_PER_S = 16 * 1024
-# The end of a body, in which a form's last boundary is.
-_TAIL_BYTES = 256
-
-
-def tail_of_body(scope: Scope) -> bytes:
-    """Return the last bytes of the body, 256 at most, as far as it was read."""
-    tail: bytes = scope["state"].get("body_tail", b"")
-    return tail
 
 
 def request_id_of(scope: Scope) -> str:
@@ -195,7 +187,6 @@ class BodyLimit:
             await problem_response("length_required", "send the body's Content-Length", request_id_of(scope))(scope, receive, send)
             return
         received, whole, began = 0, False, time.monotonic()
-        state = scope.setdefault("state", {})
 
         async def receive_and_count() -> Message:
             nonlocal received, whole
@@ -211,9 +202,7 @@ class BodyLimit:
                 raise ProblemError("body_timeout", "the body did not come in time; try again", {"Retry-After": "1"}) from error
             whole = message["type"] != "http.request" or not message.get("more_body", False)
             if message["type"] == "http.request":
-                body = message.get("body", b"")
-                received += len(body)
-                state["body_tail"] = (state.get("body_tail", b"") + body[-_TAIL_BYTES:])[-_TAIL_BYTES:]
+                received += len(message.get("body", b""))
                 if received > limits.max_bytes:
                     raise ProblemError("body_too_large", too_large)
                 taken_s = time.monotonic() - began

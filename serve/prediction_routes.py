@@ -13,7 +13,7 @@ from starlette.datastructures import UploadFile
 from starlette.responses import Response
 
 from sentinode import RESEARCH_USE_NOTICE
-from sentinode.answers import BATCH, ModelCard, Prediction, Problem, Speaker
+from sentinode.answers import BATCH, EXAMPLE_REQUEST_ID, ModelCard, Prediction, Problem, Speaker
 from sentinode.config import ServeConfig
 from sentinode.errors import PatchError
 from sentinode.images import UInt8Array, plain_tiff
@@ -30,19 +30,20 @@ from serve.problems import PROBLEM_MEDIA_TYPE, ProblemError, problem_of
 PIECES_IN_FLIGHT = 2
 """Of one request: while one piece is with the engine the next is read and decoded. More would only take memory and keep other callers waiting."""
 
+# Of each status a problem that has it, as the example, and what it means.
 _WHAT = {
-    400: "Unreadable request",
-    401: "No key, or an unknown one",
-    404: "There is no such thing",
-    408: "The body did not come in time",
-    411: "The body has no length",
-    413: "Body too large",
-    415: "Image format or content type not accepted",
-    422: "Not one usable patch",
-    429: "Too many requests waiting; see Retry-After",
-    500: "Unexpected error",
-    503: "Model unavailable; see Retry-After",
-    504: "Took too long",
+    400: ("malformed_body", "Unreadable request"),
+    401: ("unauthorized", "No key, or an unknown one"),
+    404: ("not_explainable", "There is no such thing"),
+    408: ("body_timeout", "The body did not come in time"),
+    411: ("length_required", "The body has no length"),
+    413: ("body_too_large", "Body too large"),
+    415: ("format_not_allowed", "Image format or content type not accepted"),
+    422: ("wrong_size", "Not one usable patch"),
+    429: ("overloaded", "Too many requests waiting; see Retry-After"),
+    500: ("internal", "Unexpected error"),
+    503: ("engine_failed", "Model unavailable; see Retry-After"),
+    504: ("timeout", "Took too long"),
 }
 
 Spacing = Annotated[
@@ -60,8 +61,13 @@ Spacing = Annotated[
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return FastAPI's `responses` for problems of these statuses."""
     # By name: `Problem` is among the models of /predict/batch, so that a generated client has one class for all problems.
-    content = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {status: {"description": _WHAT[status], "content": content} for status in statuses}
+    schema = {"$ref": "#/components/schemas/Problem"}
+    described: dict[int | str, dict[str, Any]] = {}
+    for status in statuses:
+        kind, what = _WHAT[status]
+        example = problem_of(kind, what, EXAMPLE_REQUEST_ID).model_dump()
+        described[status] = {"description": what, "content": {PROBLEM_MEDIA_TYPE: {"schema": schema, "example": example}}}
+    return described
 
 
 def prediction_router(backend: WatchedBackend, manifest: BundleManifest, config: ServeConfig) -> APIRouter:

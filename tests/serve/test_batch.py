@@ -156,14 +156,24 @@ def test_a_form_of_which_a_part_would_be_passed_over_is_refused(client: TestClie
         "another field": one + part % (b"file", b'; filename="p"', tif) + b"--b--\r\n",
         "no last boundary": one + one[: len(one) // 2],
         "no last boundary after a whole part": one + b"--b\r\n",
+        "a part after the end": one + b"--b--\r\n" + one + b"--b--\r\n",
     }
     headers = {"content-type": "multipart/form-data; boundary=b"}
     for name, body in bad.items():
         response = client.post("/v1/predict/batch", content=body, headers=headers)
         assert response.status_code in (400, 422), name
         assert response.json()["type"].rpartition(":")[2] in ("invalid_request", "malformed_body"), name
-    for quoted in ('multipart/form-data; boundary="b"', "multipart/form-data; boundary=b; charset=utf-8"):
-        assert client.post("/v1/predict/batch", content=one + one + b"--b--", headers={"content-type": quoted}).status_code == 200
+    for written in ('multipart/form-data; boundary="b"', "multipart/form-data; boundary=b; charset=utf-8", "multipart/form-data; Boundary=b"):
+        assert client.post("/v1/predict/batch", content=one + one + b"--b--", headers={"content-type": written}).status_code == 200
+
+
+@pytest.mark.parametrize("route", ["/predict", "/explain", "/predict/batch"])
+def test_a_form_that_the_parser_chokes_on_is_the_callers_fault(client: TestClient, route: str) -> None:
+    field = b"files" if route == "/predict/batch" else b"file"
+    body = b'--b\r\nContent-Disposition: form-data; name="%s"; filename="p"\r\n\r\n%s\r\n--b--\r\n' % (field, encode(PATCHES[0]))
+    # A character set that there is, and with which nothing can be read.
+    response = client.post(route, content=body, headers={"content-type": "multipart/form-data; boundary=b; charset=undefined"})
+    assert (response.status_code, response.json()["type"]) == (400, "urn:sentinode:problem:malformed_body")
 
 
 def test_a_file_that_is_too_large_for_predict_is_so_in_a_batch(predictor: Predictor) -> None:

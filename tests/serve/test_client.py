@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -202,9 +204,13 @@ def test_retry_after_is_honoured(waits: list[float]) -> None:
     with Client("http://test", transport=httpx.MockTransport(handle)) as client:
         client.explain(b"an image")
     assert all(7 <= wait <= 10.5 for wait in waits)
-    handle, _ = failing(503, retry_after="Wed, 21 Oct 2026 07:28:00 GMT")
-    with Client("http://test", transport=httpx.MockTransport(handle)) as client:
-        assert client.explain(b"an image") == b"png"
+    waits.clear()
+    later = format_datetime(datetime.now(UTC) + timedelta(seconds=9), usegmt=True)
+    for value, least_s in ((later, 7), ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("nan", 0), ("inf", 0), ("-5", 0), ("soon", 0)):
+        handle, _ = failing(503, retry_after=value)
+        with Client("http://test", transport=httpx.MockTransport(handle)) as client:
+            assert client.explain(b"an image") == b"png"
+        assert least_s <= waits[-1] <= 13.5, value
 
 
 @pytest.mark.parametrize(("met", "what"), [(503, "status 503"), (httpx.ConnectError, "ConnectError")])

@@ -214,7 +214,24 @@ def test_health_routes(client: TestClient, predictor: Predictor) -> None:
     assert client.get("/readyz").json() == {"status": "ready"}
 
 
-def test_readiness_is_a_prediction_and_its_success_is_remembered(build: Callable[..., FastAPI], predictor: Predictor) -> None:
+def test_a_readiness_that_failed_is_not_tried_again_at_once(build: Callable[..., FastAPI]) -> None:
+    asked = []
+
+    async def classify(patch: UInt8Array) -> Decision:
+        asked.append(patch)
+        raise RuntimeError("engine broke")
+
+    with TestClient(build(classify)) as client:
+        for _ in range(20):
+            require_problem(client.get("/readyz"), "not_ready", 503)
+    # Else whoever asks, and none needs a key to, would hold a place each time for as long as a probe takes.
+    assert len(asked) < 5
+
+
+def test_readiness_is_a_prediction_and_its_success_is_remembered(
+    build: Callable[..., FastAPI], predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.backend.UNREADY_FOR_S", 0)
     seen: list[UInt8Array] = []
     works = False
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from starlette.testclient import TestClient
 
 from sentinode import RESEARCH_USE_NOTICE
-from sentinode.answers import Speaker
+from sentinode.answers import Problem, Speaker
 from sentinode.bundle import Bundle
 from sentinode.config import ServeConfig
 from sentinode.predictor import Predictor
@@ -172,4 +172,8 @@ def test_the_description_is_one_that_clients_are_generated_from(client: TestClie
             answer["content"]["application/problem+json"]["schema"] for status, answer in operations[name]["responses"].items() if status != "200"
         ]
         assert all(schema == {"$ref": "#/components/schemas/Problem"} for schema in problems)
+        for status, answer in operations[name]["responses"].items():
+            if status != "200":
+                example = answer["content"]["application/problem+json"]["example"]
+                assert Problem(**example).status == int(status)
     assert {"Prediction", "Problem", "ModelCard"} <= described["components"]["schemas"].keys()

@@ -1,16 +1,19 @@
 """The endpoint over real HTTP, on a real Ray."""
 
 import asyncio
+import re
 import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import ray
 from ray import serve as ray_serve
 
 from sentinode.client import AsyncClient, Client
@@ -94,6 +97,7 @@ def test_concurrent_answers_equal_the_offline_ones_and_never_mix(started: Any, b
             assert [answer.probabilities.Metastatic for answer in many] == pytest.approx([one.probability for one in offline], abs=1e-5)
             assert client.explain(patches[0]).startswith(b"\x89PNG")
         _check_errors(url)
+        _check_measures()
 
     started(ServeConfig(bundle=str(bundle), topology=topology, max_replicas=1, max_body_bytes=200_000), check)
 
@@ -115,6 +119,27 @@ def _check_errors(url: str) -> None:
         assert client.get("/model").status_code == 401
         assert client.get("/model", headers=HEADERS).status_code == 200
         assert client.get("/nothing").json()["type"] == "urn:sentinode:problem:not_found"
+
+
+def _check_measures() -> None:
+    """Prometheus finds on the node's port what was asked and what was decided; Ray exports it some seconds later."""
+    (node,) = [node for node in ray.nodes() if node["Alive"]]
+    expected = (
+        r'ray_sentinode_requests_total\{.*method="POST".*route="/predict".*status="200".*\} 64\.0',
+        r'ray_sentinode_requests_total\{.*route="unmatched".*status="401".*\}',
+        r'ray_sentinode_decisions_total\{.*needs_review="(true|false)".*prediction="(Normal|Metastatic)".*\}',
+        r"ray_sentinode_request_seconds_count\{",
+        r"ray_sentinode_batch_patches_sum\{",
+        r"ray_sentinode_engine_seconds_count\{",
+    )
+    end = time.monotonic() + 60
+    while True:
+        text = httpx.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=30, trust_env=False).text
+        missing = [pattern for pattern in expected if re.search(pattern, text) is None]
+        if not missing:
+            return
+        assert time.monotonic() < end, (missing, [line for line in text.splitlines() if "sentinode_" in line])
+        threading.Event().wait(0.5)
 
 
 def _post_streamed(url: str) -> httpx.Response:
