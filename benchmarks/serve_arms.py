@@ -27,7 +27,9 @@ from sentinode.predictor import Predictor
 from sentinode.probability import Decision
 
 ENGINE_CORE = 0
-BATCH, WAIT_S = 16, 0.005
+BATCH = 16
+LITSERVE_WAIT_S = {"litserve": 0.0, "litserve-torch": 0.0, "litserve-waits": 0.005}
+"""How long LitServe waits for company; 0 is its default, and takes what is there."""
 
 
 def zero(patches: Any) -> list[Decision]:
@@ -84,7 +86,7 @@ def litserve(args: argparse.Namespace) -> None:
 
     from benchmarks.serve_litserve import Api
 
-    api = Api(args.bundle, args.engine, args.zero, max_batch_size=BATCH, batch_timeout=WAIT_S)
+    api = Api(args.bundle, args.engine, args.zero, max_batch_size=BATCH, batch_timeout=LITSERVE_WAIT_S[args.arm])
     server = ls.LitServer(api, accelerator="cpu", workers_per_device=1, timeout=60)
     server.run(host="127.0.0.1", port=args.port, log_level="error", generate_client_file=False)
 
@@ -101,6 +103,7 @@ def ours(args: argparse.Namespace) -> None:
     """The endpoint on a Ray of its own."""
     import ray
     from ray import serve as ray_serve
+    from ray.serve.schema import LoggingConfig
 
     from ray_jobs.cluster import connected
     from serve.app import CLASSIFIER, ENDPOINT, FusedEndpoint, SplitEndpoint, _deployment
@@ -135,14 +138,18 @@ def ours(args: argparse.Namespace) -> None:
         application = _deployment(SplitEndpoint, ENDPOINT, config, 0.5, 0, 1000).bind(classifier, config, manifest, ())
     else:
         application = _deployment(PinnedFused, ENDPOINT, config, 1, 0, 1000).bind(config, manifest, ())
+    # As `sentinode serve` has it: replicas write the log line of a request.
+    quiet = LoggingConfig(encoding="JSON", enable_access_log=False)
     with connected(2):
-        ray_serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": args.port, "request_timeout_s": 120})
+        ray_serve.start(
+            proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": args.port, "request_timeout_s": 120}, logging_config=quiet
+        )
         ray_serve.run(application, name="sentinode")
         threading.Event().wait()
     assert ray.is_initialized()
 
 
-PEER_ARMS = {"plain": plain, "litserve": litserve, "litserve-torch": litserve, "bentoml": bentoml}
+PEER_ARMS = {"plain": plain, "litserve": litserve, "litserve-waits": litserve, "litserve-torch": litserve, "bentoml": bentoml}
 _HAPROXY, _THROUGHPUT = {"RAY_SERVE_ENABLE_HA_PROXY": "1"}, {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 ENVIRONMENT = {
     "ours": {},

@@ -1,5 +1,6 @@
 """The LitServe arm of `benchmarks.serve`; a module of its own, since LitServe's processes import it anew."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ class Api(ls.LitAPI):  # type: ignore[misc]
 
     def setup(self, device: str) -> None:
         """Load the network in the process that runs it."""
-        pin_engine()
-        self._predictor = loaded(*self._given)
+        # A thread of its own, as in the other arms: the rest of LitServe's process stays on the other core.
+        self._forward = ThreadPoolExecutor(1, initializer=pin_engine)
+        self._predictor = self._forward.submit(loaded, *self._given).result()
 
     def decode_request(self, request: Request) -> Any:
         """Return the pixels of the form's file."""
@@ -33,7 +35,7 @@ class Api(ls.LitAPI):  # type: ignore[misc]
 
     def predict(self, batch: Any) -> list[Decision]:
         """Decide about them."""
-        return self._predictor.decide(batch)
+        return self._forward.submit(self._predictor.decide, batch).result()
 
     def unbatch(self, output: list[Decision]) -> list[Decision]:
         """Return each decision."""
