@@ -261,8 +261,8 @@ def ratio(ours: list[float], theirs: list[float]) -> str:
 def report(rounds: Rounds, args: argparse.Namespace) -> None:
     """Print medians and ratios."""
     if not args.zero:
-        rates = (f"{median(bare[batch] for bare in rounds.bare):.0f} in batches of {batch}" for batch in BARE_BATCHES)
-        print("bare engine, images/s:", ", ".join(rates))
+        of_batches = [f"{median(bare[batch] for bare in rounds.bare):.0f} in batches of {batch}" for batch in BARE_BATCHES]
+        print("bare engine, images/s:", ", ".join(of_batches))
     print("| arm | connections | requests/s | p50 ms | p95 ms | p99 ms | errors | memory MiB |\n|---|---|---|---|---|---|---|---|")
     for connections in args.connections:
         for arm in args.arms:

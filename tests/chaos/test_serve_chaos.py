@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from sentinode.bundle import Bundle
 from sentinode.client import RETRIED_STATUSES
 from sentinode.config import ServeConfig
 from sentinode.predictor import Predictor
-from serve.app import ENDPOINT, build_app
+from serve.app import ENDPOINT, FusedEndpoint, _deployment, build_app
 from serve.local import usable_port
 from tests.clusters import cluster_of, node_that_runs
 from tests.factories import make_bundle, random_patches
@@ -61,11 +61,11 @@ def config(bundle: Bundle, **changes: Any) -> ServeConfig:
 
 
 @contextmanager
-def endpoint(settings: ServeConfig) -> Iterator[str]:
+def endpoint(settings: ServeConfig, application: ray_serve.Application | None = None) -> Iterator[str]:
     port = usable_port("127.0.0.1", 0)
     ray_serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 60})
     try:
-        ray_serve.run(build_app(settings), name="sentinode")
+        ray_serve.run(application or build_app(settings), name="sentinode")
         yield f"http://127.0.0.1:{port}"
     finally:
         ray_serve.shutdown()
@@ -192,10 +192,10 @@ def test_a_proxy_that_is_killed_is_replaced(ray_session: None, bundles: list[Bun
         load.wait_for_more(100)
         told = load.stop()
         print(f"proxy killed: {json.dumps(told)}")
-        # Nobody can be let in while there is no door; whoever asks again is answered.
+        # Nobody can be let in while there is no door; whoever asks again is answered. A new proxy says 404 until it knows the routes.
         assert told["wrong"] == 0
         assert list(told["client"]) == ["200"], told
-        assert set(told["raw"]) <= RETRYABLE, told
+        assert set(told["raw"]) <= RETRYABLE | {"404"}, told
 
 
 @pytest.mark.slow
@@ -212,6 +212,40 @@ def test_a_replica_that_hangs_is_replaced(ray_session: None, bundles: list[Bundl
                 os.kill(frozen, signal.SIGKILL)
         assert told["wrong"] == 0
         assert list(told["client"]) == ["200"], told
+
+
+@pytest.mark.slow
+def test_a_replica_whose_engine_hangs_is_replaced(ray_session: None, bundles: list[Bundle], patches: Path, tmp_path: Path) -> None:
+    flag, victim = tmp_path / "hang", tmp_path / "pid"
+
+    class HangsOnce(FusedEndpoint):  # type: ignore[misc, valid-type]
+        async def __init__(self, *given: Any) -> None:  # type: ignore[misc]
+            await super().__init__(*given)
+            decide = self._classifier._predictor.decide
+
+            def decide_or_hang(batch: Any) -> Any:
+                with suppress(FileNotFoundError):
+                    flag.unlink()
+                    victim.write_text(str(os.getpid()))
+                    threading.Event().wait()
+                return decide(batch)
+
+            self._classifier._predictor.decide = decide_or_hang
+
+    settings = config(bundles[0], engine_timeout_s=3, request_timeout_s=5)
+    deployment = _deployment(HangsOnce, ENDPOINT, settings, 1, 0, 8)
+    with endpoint(settings, deployment.bind(settings, bundles[0].manifest, ())) as url, load_on(url, patches) as load:
+        flag.touch()
+        wait_until(victim.exists, 30, lambda: "no pass took the flag")
+        wait_until(lambda: bool(victim.read_text()) and int(victim.read_text()) not in replica_pids(), 180, lambda: "the replica is still there")
+        wait_until(lambda: replicas_running() == 2, 60, lambda: f"{replicas_running()} replicas")
+        load.wait_for_more(100)
+        told = load.stop()
+        print(f"engine hung: {json.dumps(told)}")
+        # Those who were sent to it were told to ask again, and its neighbour answered.
+        assert told["wrong"] == 0
+        assert list(told["client"]) == ["200"], told
+        assert set(told["raw"]) <= RETRYABLE, told
 
 
 def test_another_bundle_takes_over_under_load_and_back(ray_session: None, bundles: list[Bundle], patches: Path) -> None:
