@@ -35,7 +35,7 @@ _DESCRIPTION = f"""Finds metastatic tissue in patches of lymph-node histopatholo
 
 Send one patch (TIFF, PNG, JPEG or WebP) to `POST /v1/predict`, thousands to `POST /v1/predict/batch`. Each of these also answers without `/v1`;
 what `/v1` answers stays compatible. Errors are `application/problem+json` (RFC 9457); branch on `type`.
-408, 429, 502, 503 and 504 may be retried: equal patches get equal answers. People look at `/ui`."""
+408, 429, 500, 502, 503 and 504 may be retried: equal patches get equal answers. People look at `/ui`."""
 
 
 def create_http_app(

@@ -23,6 +23,7 @@ from serve.backend import Overloaded
 from serve.http_app import OPEN_PATHS, create_http_app
 from serve.problems import KINDS
 from tests.factories import make_bundle, random_patches
+from tests.processes import ROOT
 from tests.serve.backends import InProcess
 from tests.serve.patch_files import encode, good_tif, refused_files
 
@@ -334,3 +335,8 @@ def test_answers_are_not_cached(client: TestClient) -> None:
 
 def test_a_bundle_path_is_not_shown(client: TestClient, tmp_path: Path) -> None:
     assert "/tmp" not in client.get("/model").text
+
+
+def test_every_kind_of_problem_is_in_the_docs() -> None:
+    text = (ROOT / "docs" / "serving.md").read_text()
+    assert [kind for kind in KINDS if f"`{kind}`" not in text] == []
