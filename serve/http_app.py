@@ -5,6 +5,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
@@ -78,7 +79,14 @@ def create_http_app(
     app.add_middleware(BodyLimit, limits_of=lambda scope: _limits(scope, config))
     if config.auth == "keys":
         app.add_middleware(ApiKeys, digests=key_digests, is_protected=lambda scope: _is_protected(app, scope))
-    app.add_middleware(RequestContext, timeout_s_of=lambda scope: _limits(scope, config).request_timeout_s, echo_request_id=echo_request_id)
+    routes = OPEN_PATHS | {prefix + route.path for prefix in ("", VERSION_PREFIX) for route in router.routes if isinstance(route, APIRoute)}
+    app.add_middleware(
+        RequestContext,
+        # Also of a request that was refused before it came to a route.
+        route_of=lambda scope: path if (path := _path(scope)) in routes else "unmatched",
+        timeout_s_of=lambda scope: _limits(scope, config).request_timeout_s,
+        echo_request_id=echo_request_id,
+    )
     if config.cors_origins:
         exposed = ["X-Request-ID", "Retry-After", "X-Model-Digest"]
         methods, headers = ["GET", "POST"], ["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"]

@@ -46,14 +46,17 @@ class RequestContext:
     Parameters
     ----------
     app : ASGI application
+    route_of : callable
+        Scope -> the route, one of ours, that the path is; else "unmatched". For the log and the measures.
     timeout_s_of : callable
         Scope -> seconds after which a request that has not begun to answer is answered 504.
     echo_request_id : bool
         Put `X-Request-ID` on responses. False behind Ray's proxy, which adds the header itself: twice would be two values.
     """
 
-    def __init__(self, app: ASGIApp, *, timeout_s_of: Callable[[Scope], float], echo_request_id: bool) -> None:
+    def __init__(self, app: ASGIApp, *, route_of: Callable[[Scope], str], timeout_s_of: Callable[[Scope], float], echo_request_id: bool) -> None:
         self._app = app
+        self._route_of = route_of
         self._timeout_s_of = timeout_s_of
         self._echo_request_id = echo_request_id
 
@@ -103,8 +106,8 @@ class RequestContext:
                 raise
             await problem_response("internal", "an unexpected error; it was logged under this request id", request_id)(scope, receive, send_and_note)
         finally:
-            route = getattr(scope.get("route"), "path", "unmatched")
-            # Neither path nor query: they are the caller's and may name a patient. The matched route is ours.
+            # Neither path nor query: they are the caller's and may name a patient. The route is ours.
+            route = self._route_of(scope)
             seconds = time.perf_counter() - started
             measures().ended(route, scope["method"], status or 500, seconds)
             latency_ms = round(seconds * 1000, 3)

@@ -314,11 +314,13 @@ def test_one_log_line_per_request_without_names_or_keys(build: Callable[..., Fas
         headers = {"X-API-Key": "key-abc", "X-Request-ID": "id-1"}
         post(client, good_tif(), headers=headers)
         post(client, b"GIF89a" + b"0" * 40, headers=headers)
+        client.post("/v1/predict/batch?name=patient-7", headers={"X-API-Key": "another"})
         client.get("/patient-7/slide.tif?name=patient-7")
     lines = [record.__dict__ for record in caplog.records if record.name == "ray.serve.sentinode"]
     assert [(line["method"], line["route"], line["status"]) for line in lines] == [
         ("POST", "/predict", 200),
         ("POST", "/predict", 415),
+        ("POST", "/v1/predict/batch", 401),
         ("GET", "unmatched", 404),
     ]
     assert lines[0]["request_id"] == "id-1"

@@ -150,7 +150,7 @@ def test_a_request_that_hangs_gets_504_and_is_cancelled() -> None:
             raise
 
     request = exchange()
-    assert request.run(RequestContext(hang, timeout_s_of=lambda scope: 0.05, echo_request_id=True)) == 504
+    assert request.run(RequestContext(hang, route_of=lambda scope: "/predict", timeout_s_of=lambda scope: 0.05, echo_request_id=True)) == 504
     assert cancelled == [True]
 
 
@@ -159,7 +159,7 @@ def test_an_unexpected_error_is_500_without_its_message(caplog: pytest.LogCaptur
         raise RuntimeError("secret inside")
 
     request = exchange(x_request_id="abc")
-    assert request.run(RequestContext(fail, timeout_s_of=lambda scope: 5, echo_request_id=True)) == 500
+    assert request.run(RequestContext(fail, route_of=lambda scope: "/predict", timeout_s_of=lambda scope: 5, echo_request_id=True)) == 500
     body: Any = request.sent[1]["body"]
     assert b"secret" not in body
     assert b"Traceback" not in body
@@ -172,7 +172,11 @@ def test_a_client_that_goes_away_is_logged_as_499(caplog: pytest.LogCaptureFixtu
 
     request = exchange()
     with caplog.at_level("INFO", logger="ray.serve.sentinode"), pytest.raises(asyncio.CancelledError):
-        asyncio.run(RequestContext(go_away, timeout_s_of=lambda scope: 5, echo_request_id=True)(request.scope, request.receive, request.send))
+        asyncio.run(
+            RequestContext(go_away, route_of=lambda scope: "/predict", timeout_s_of=lambda scope: 5, echo_request_id=True)(
+                request.scope, request.receive, request.send
+            )
+        )
     assert [record.__dict__["status"] for record in caplog.records] == [499]
 
 
@@ -222,7 +226,12 @@ def test_an_answer_that_the_deadline_catches_in_the_drain_is_sent_all_the_same()
 
     request = exchange()
     request.receive = receive  # type: ignore[method-assign]
-    assert request.run(DrainRefused(RequestContext(refuse_late, timeout_s_of=lambda scope: 0.2, echo_request_id=True))) == 504
+    assert (
+        request.run(
+            DrainRefused(RequestContext(refuse_late, route_of=lambda scope: "/predict", timeout_s_of=lambda scope: 0.2, echo_request_id=True))
+        )
+        == 504
+    )
 
 
 def test_a_client_that_goes_away_while_it_sends_is_no_error_of_ours(caplog: pytest.LogCaptureFixture) -> None:
@@ -231,6 +240,10 @@ def test_a_client_that_goes_away_while_it_sends_is_no_error_of_ours(caplog: pyte
 
     request = exchange()
     with caplog.at_level("INFO", logger="ray.serve.sentinode"):
-        asyncio.run(RequestContext(read, timeout_s_of=lambda scope: 5, echo_request_id=True)(request.scope, request.receive, request.send))
+        asyncio.run(
+            RequestContext(read, route_of=lambda scope: "/predict", timeout_s_of=lambda scope: 5, echo_request_id=True)(
+                request.scope, request.receive, request.send
+            )
+        )
     assert [(record.__dict__["status"], record.levelname) for record in caplog.records] == [(499, "INFO")]
     assert request.sent == []

@@ -126,7 +126,7 @@ def _check_measures() -> None:
     (node,) = [node for node in ray.nodes() if node["Alive"]]
     expected = (
         r'ray_sentinode_requests_total\{.*method="POST".*route="/predict".*status="200".*\} 64\.0',
-        r'ray_sentinode_requests_total\{.*route="unmatched".*status="401".*\}',
+        r'ray_sentinode_requests_total\{.*route="/predict".*status="401".*\}',
         r'ray_sentinode_decisions_total\{.*needs_review="(true|false)".*prediction="(Normal|Metastatic)".*\}',
         r"ray_sentinode_request_seconds_count\{",
         r"ray_sentinode_batch_patches_sum\{",
