@@ -103,7 +103,9 @@ class Classifier:
             await self._decide_batch([self._probe])
 
     async def _decide_batch(self, patches: list[UInt8Array]) -> list[Decision]:
-        decisions = await self._forward(lambda: self._predictor.decide(np.stack(patches)))
+        # Here, not in the engine's thread, which would wait for its turn of the interpreter while the engine stands still.
+        stacked = np.stack(patches)
+        decisions = await self._forward(lambda: self._predictor.decide(stacked))
         measures().passed(len(patches))
         return decisions
 

@@ -26,17 +26,20 @@ class Engine:
     def __init__(self, *, held: bool = False) -> None:
         self.batches: list[list[int]] = []
         self.go = asyncio.Semaphore(0 if held else 1_000_000)
-        self._busy = False
+        self.handed_over = 0
+        self._turn = asyncio.Lock()
 
     async def __call__(self, patches: list[UInt8Array]) -> list[Decision]:
-        assert not self._busy
-        self._busy = True
-        self.batches.append([int(one[0, 0, 0]) for one in patches])
-        await self.go.acquire()
-        self._busy = False
-        if 99 in self.batches[-1]:
+        self.handed_over += 1
+        assert self.handed_over <= 2
+        async with self._turn:
+            batch = [int(one[0, 0, 0]) for one in patches]
+            self.batches.append(batch)
+            await self.go.acquire()
+            self.handed_over -= 1
+        if 99 in batch:
             raise ValueError("broken")
-        return [decision(number) for number in self.batches[-1]]
+        return [decision(number) for number in batch]
 
 
 async def settle() -> None:
@@ -65,6 +68,27 @@ def test_a_lone_request_waits_for_nobody_and_those_that_come_meanwhile_share_the
         # And again, after it was idle.
         engine.go.release()
         assert (await batcher.classify(patch(9))).logit == 9
+
+    run(test)
+
+
+def test_a_full_batch_is_handed_over_before_its_turn_and_one_that_may_still_grow_is_not() -> None:
+    async def test() -> None:
+        engine = Engine(held=True)
+        batcher = Batcher(engine, max_batch_size=4)
+        tasks = [asyncio.create_task(batcher.classify(patch(0)))]
+        await settle()
+        tasks += [asyncio.create_task(batcher.classify(patch(number))) for number in range(1, 4)]
+        await settle()
+        assert engine.handed_over == 1
+        tasks += [asyncio.create_task(batcher.classify(patch(number))) for number in range(4, 20)]
+        await settle()
+        assert engine.handed_over == 2
+        for _ in range(6):
+            engine.go.release()
+            await settle()
+        assert engine.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16], [17, 18, 19]]
+        assert [(await task).logit for task in tasks] == list(range(20))
 
     run(test)
 
@@ -114,16 +138,17 @@ def test_who_has_gone_away_takes_no_place() -> None:
     async def test() -> None:
         engine = Engine(held=True)
         batcher = Batcher(engine, max_batch_size=2)
-        tasks = [asyncio.create_task(batcher.classify(patch(number))) for number in range(5)]
+        tasks = [asyncio.create_task(batcher.classify(patch(number))) for number in range(7)]
         await settle()
-        for gone in (0, 2, 3):
+        # Of those who wait; the first two batches are handed over.
+        for gone in (0, 4, 5):
             tasks[gone].cancel()
         await settle()
         for _ in range(3):
             engine.go.release()
             await settle()
-        assert engine.batches == [[0, 1], [4]]
-        assert [(await tasks[number]).logit for number in (1, 4)] == [1, 4]
+        assert engine.batches == [[0, 1], [2, 3], [6]]
+        assert [(await tasks[number]).logit for number in (1, 2, 3, 6)] == [1, 2, 3, 6]
 
     run(test)
 
