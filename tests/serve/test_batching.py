@@ -1,6 +1,7 @@
 """How single requests share forward passes."""
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -149,6 +150,31 @@ def test_who_has_gone_away_takes_no_place() -> None:
             await settle()
         assert engine.batches == [[0, 1], [2, 3], [6]]
         assert [(await tasks[number]).logit for number in (1, 2, 3, 6)] == [1, 2, 3, 6]
+
+    run(test)
+
+
+def test_nothing_is_left_behind_by_callers_who_come_and_go() -> None:
+    async def test() -> None:
+        generator = np.random.default_rng(0)
+        engine = Engine()
+        batcher = Batcher(engine, max_batch_size=4)
+
+        async def ask(number: int, patience: int) -> None:
+            task = asyncio.create_task(batcher.classify(patch(number)))
+            for _ in range(patience):
+                await asyncio.sleep(0)
+            if patience < 8:
+                task.cancel()
+            with suppress(asyncio.CancelledError):
+                assert (await task).logit == number
+
+        for _ in range(300):
+            await asyncio.gather(*(ask(int(number), int(number) % 10) for number in generator.integers(0, 90, int(generator.integers(1, 12)))))
+        await settle()
+        # A pass that was still counted would keep a lone request waiting for company.
+        assert (await asyncio.wait_for(batcher.classify(patch(7)), 5)).logit == 7
+        assert not batcher._passes
 
     run(test)
 
