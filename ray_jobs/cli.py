@@ -3,13 +3,14 @@
 import argparse
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from ray_jobs.verb import add_common_arguments, config_from, main_of, say
 from sentinode import RESEARCH_USE_NOTICE, __version__
-from sentinode.errors import ManifestError
+from sentinode.errors import ManifestError, UsageError
 
 JOBS = {
     "prepare": "Turn patches and labels into a prepared data set",
@@ -105,14 +106,16 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
         return _new_key(args.new_key)
     config = config_from(args, ServeConfig, **({"bundle": args.bundle} if args.bundle else {}))
     from ray_jobs.cluster import Need, check_capacity, connected
-    from serve.app import ServeArgs, build_app
+    from serve.app import BUNDLE_VARIABLE, ServeArgs, build_app
     from serve.local import run_local, usable_port, usable_tls
 
     if not args.verbose:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    # Whatever is wrong with the arguments shows before Ray starts.
-    application, port = build_app(ServeArgs(**config.model_dump())), usable_port(args.host, args.port)
-    tls = usable_tls(args.tls_certificate, args.tls_key)
+    # Whatever is wrong with the arguments shows before Ray starts, and before the application warns of anything.
+    if not config.bundle and BUNDLE_VARIABLE not in os.environ:
+        raise UsageError(f"name a bundle: --bundle FOLDER, or the environment variable {BUNDLE_VARIABLE}")
+    port, tls = usable_port(args.host, args.port), usable_tls(args.tls_certificate, args.tls_key)
+    application = build_app(ServeArgs(**config.model_dump()))
     ingress_cpus = config.cpus_per_ingress if config.topology == "split" else 0
     with connected(config.max_replicas * (config.cpus_per_replica + ingress_cpus), verbose=args.verbose):
         check_capacity(Need(config.min_replicas, config.cpus_per_replica, config.gpus_per_replica, config.min_replicas * ingress_cpus), "serve")

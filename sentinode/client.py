@@ -87,7 +87,8 @@ class _Request:
 class _Attempts:
     """Whether, and when, one request is sent again."""
 
-    def __init__(self, give_up_after_s: float) -> None:
+    def __init__(self, url: str, give_up_after_s: float) -> None:
+        self._url, self._give_up_after_s = url, give_up_after_s
         self._until = time.monotonic() + give_up_after_s
         self._wait_s = FIRST_WAIT_S
         self._strange_404s = 0
@@ -100,7 +101,8 @@ class _Attempts:
                 return self._strange_404s > _STRANGE_404S
             return met.status_code not in RETRIED_STATUSES
         if isinstance(met, _OUR_FAULTS) or isinstance(_root(met), ssl.SSLCertVerificationError):
-            raise UsageError(f"the endpoint cannot be asked: {_root(met)}") from met
+            hint = "; a certificate of your own: Client(verify=FILE)" if isinstance(_root(met), ssl.SSLCertVerificationError) else ""
+            raise UsageError(f"the endpoint cannot be asked: {_root(met)}{hint}") from met
         return False
 
     def wait_s(self, met: httpx.Response | httpx.TransportError) -> float:
@@ -112,8 +114,8 @@ class _Attempts:
         wait_s = max(asked_s, self._wait_s) * random.uniform(1.0, 1.5)
         self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
         if time.monotonic() + wait_s > self._until:
-            what = f"status {met.status_code}" if isinstance(met, httpx.Response) else type(met).__name__
-            raise UnavailableError(f"the endpoint gave no answer in the time allowed; the last attempt met {what}")
+            what = f"status {met.status_code}" if isinstance(met, httpx.Response) else f"{type(met).__name__}: {met}"
+            raise UnavailableError(f"{self._url} gave no answer within {self._give_up_after_s:g} s; the last attempt met {what}")
         return wait_s
 
 
@@ -211,6 +213,8 @@ def _predictions(response: httpx.Response, count: int) -> list[Prediction]:
 
 
 def _images_in(folder: str | Path) -> list[Path]:
+    if not Path(folder).is_dir():
+        raise UsageError(f"{folder}: no such folder")
     found = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name.lower().endswith(IMAGE_SUFFIXES))
     if not found:
         raise UsageError(f"{folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in it")
@@ -306,7 +310,7 @@ class Client:
         verify: bool | str = True,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self._limits = _Limits(timeout_s, give_up_after_s, batch_timeout_s, batch_give_up_after_s)
+        self._url, self._limits = url, _Limits(timeout_s, give_up_after_s, batch_timeout_s, batch_give_up_after_s)
         self._http = httpx.Client(base_url=url, headers=_key(api_key), timeout=timeout_s, verify=_verify(verify), transport=transport)
 
     def predict(self, image: Image, *, spacing_um_px: float | None = None) -> Prediction:
@@ -368,7 +372,7 @@ class Client:
 
     def _send(self, request: _Request) -> httpx.Response:
         timeout_s, give_up_after_s = self._limits.of(request)
-        attempts = _Attempts(give_up_after_s)
+        attempts = _Attempts(self._url, give_up_after_s)
         while True:
             try:
                 met: httpx.Response | httpx.TransportError = self._http.request(request.method, request.path, timeout=timeout_s, **request.options())
@@ -404,7 +408,7 @@ class AsyncClient:
         verify: bool | str = True,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self._limits = _Limits(timeout_s, give_up_after_s, batch_timeout_s, batch_give_up_after_s)
+        self._url, self._limits = url, _Limits(timeout_s, give_up_after_s, batch_timeout_s, batch_give_up_after_s)
         # As many connections as there are requests: a caller bounds these.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
         self._http = httpx.AsyncClient(
@@ -472,7 +476,7 @@ class AsyncClient:
 
     async def _send(self, request: _Request) -> httpx.Response:
         timeout_s, give_up_after_s = self._limits.of(request)
-        attempts = _Attempts(give_up_after_s)
+        attempts = _Attempts(self._url, give_up_after_s)
         while True:
             try:
                 met: httpx.Response | httpx.TransportError = await self._http.request(
@@ -496,7 +500,13 @@ class AsyncClient:
 
 
 def _verify(verify: bool | str) -> bool | ssl.SSLContext:
-    return ssl.create_default_context(cafile=verify) if isinstance(verify, str) else verify
+    if not isinstance(verify, str):
+        return verify
+    try:
+        return ssl.create_default_context(cafile=verify)
+    except OSError as error:
+        # ssl.SSLError is one too.
+        raise UsageError(f"{verify}: no certificate to verify with ({error.strerror or error})") from error
 
 
 def _key(api_key: str | None) -> dict[str, str]:

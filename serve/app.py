@@ -88,6 +88,9 @@ def build_app(args: ServeArgs) -> ray_serve.Application:
         digests = resolve_key_digests(config.api_keys_file) if config.auth == "keys" else ()
     except UsageError as error:
         raise DeployError(str(error)) from error
+    if not manifest.threshold_rule.reached:
+        target = manifest.threshold_rule.target_recall
+        logger.warning(f"the bundle's threshold does not reach its recall of {target:g} with confidence; see its model card")
     if config.auth == "none":
         logger.warning("auth: none. Whoever reaches the port can use this endpoint; bind it to localhost or set auth: keys.")
     if config.topology == "fused":

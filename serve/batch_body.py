@@ -9,12 +9,15 @@ import numpy as np
 from sentinode.images import UInt8Array
 from serve.problems import ProblemError
 
-ARRAY_TYPES = ("application/octet-stream", "application/x-npy")
+NPY_TYPE = "application/x-npy"
+ARRAY_TYPES = ("application/octet-stream", NPY_TYPE)
 NPY_MAGIC = b"\x93NUMPY"
 _LARGEST_NPY_HEADER = 4096
 
 
-async def pieces_of_array(body: AsyncIterator[bytes], side_px: int, patches_per_piece: int, max_patches: int) -> AsyncIterator[UInt8Array]:
+async def pieces_of_array(
+    body: AsyncIterator[bytes], side_px: int, patches_per_piece: int, max_patches: int, *, must_be_npy: bool = False
+) -> AsyncIterator[UInt8Array]:
     """Yield the patches of an array body while it comes.
 
     Parameters
@@ -25,6 +28,8 @@ async def pieces_of_array(body: AsyncIterator[bytes], side_px: int, patches_per_
     patches_per_piece : int
         So many patches are yielded at a time, and no more bytes than that and one chunk of the body are held.
     max_patches : int
+    must_be_npy : bool
+        Whether bare pixels are refused; else the first bytes tell which of both it is.
 
     Yields
     ------
@@ -55,6 +60,8 @@ async def pieces_of_array(body: AsyncIterator[bytes], side_px: int, patches_per_
             if header is None:
                 continue
             header_read = True
+            if must_be_npy and not header:
+                raise ProblemError("wrong_array", "the body is no .npy file; bare pixels come as application/octet-stream")
             if header:
                 length, shape = header
                 promised = _require_patches(shape, side_px)
@@ -101,8 +108,10 @@ def _npy_header(start: bytes | bytearray) -> tuple[int, tuple[int, ...]] | tuple
         shape, kind, fortran = stated["shape"], stated["descr"], stated["fortran_order"]
     except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError) as error:
         raise ProblemError("wrong_array", "the .npy header cannot be read") from error
-    if kind not in ("|u1", "u1", "<u1", ">u1") or fortran is not False:
-        raise ProblemError("wrong_array", "the array is not uint8 in C order")
+    if kind not in ("|u1", "u1", "<u1", ">u1"):
+        raise ProblemError("wrong_array", "the array is not uint8")
+    if fortran is not False:
+        raise ProblemError("wrong_array", "the array is not in C order; numpy.ascontiguousarray makes it so")
     if not isinstance(shape, tuple) or not all(type(size) is int and 0 <= size < 1 << 32 for size in shape):
         raise ProblemError("wrong_array", "the .npy header cannot be read")
     return begin + length, shape

@@ -37,6 +37,7 @@ def check_serve_file(path: str | Path) -> None:
             import_path = application["import_path"]
             if import_path == IMPORT_PATH:
                 _check_own_application(application, where)
+                _check_proxy_waits(content, parse_config(ServeConfig, application.get("args") or {}))
             elif import_path.partition(".")[0] == IMPORT_PATH.partition(".")[0]:
                 raise ConfigError(f"{where}.import_path: got {import_path!r}, expected {IMPORT_PATH}")
     except ConfigError as error:
@@ -52,6 +53,16 @@ def _check_own_application(application: Mapping[str, Any], where: str) -> None:
     for index, deployment in enumerate(application.get("deployments") or []):
         if (name := deployment.get("name")) not in names:
             raise ConfigError(f"{where}.deployments[{index}].name: got {name!r}, expected {' or '.join(names)} with topology {config.topology}")
+
+
+def _check_proxy_waits(content: Mapping[str, Any], config: ServeConfig) -> None:
+    waits_s = (content.get("http_options") or {}).get("request_timeout_s")
+    longest_s = max(config.request_timeout_s, config.batch_request_timeout_s)
+    if waits_s is not None and waits_s <= longest_s:
+        raise ConfigError(
+            f"http_options.request_timeout_s: got {waits_s:g}, expected more than the {longest_s:g} of args; "
+            "else callers get Ray's bare 408 instead of our 504"
+        )
 
 
 def _check_keys(value: Any, annotation: Any, where: str) -> None:

@@ -57,6 +57,9 @@ async def one_file(request: Request) -> bytes:
         raise ProblemError("several_files", "send one field `file` per request")
     if not files or not isinstance(files[0], UploadFile):
         raise _no_file(ONE_FILE)
+    if len(form.multi_items()) > 1:
+        # A spacing that was passed over would be taken for one that fits.
+        raise ProblemError("invalid_request", "the form holds something beside the file; `spacing_um_px` and `opacity` go into the query")
     return await files[0].read()
 
 
@@ -92,7 +95,7 @@ async def many_files(request: Request, max_files: int) -> list[UploadFile]:
     if not files:
         raise _no_file(MANY_FILES)
     if len(files) < len(form.multi_items()):
-        raise ProblemError("invalid_request", "the form holds something that is not a file of the field `files`")
+        raise ProblemError("invalid_request", "the form holds something that is not a file of the field `files`; `spacing_um_px` goes into the query")
     if len(files) > max_files:
         raise ProblemError("too_many_patches", f"a request may hold {max_files} patches at most")
     return files
@@ -150,4 +153,4 @@ class _End:
 
 
 def _no_file(field: str) -> ProblemError:
-    return ProblemError("missing_file", f"expected multipart/form-data with the image as a file in the field `{field}`")
+    return ProblemError("missing_file", f"expected multipart/form-data with the image as a file, with a file name, in the field `{field}`")

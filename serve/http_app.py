@@ -114,15 +114,18 @@ def _is_protected(app: FastAPI, scope: Scope) -> bool:
 def _add_open_routes(app: FastAPI, backend: WatchedBackend, manifest: BundleManifest, config: ServeConfig) -> None:
     health = Health(model=ModelReference.of(manifest, config.engine))
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", summary="Is it healthy, and which model is it?", tags=["health"], responses=documented(503, 504))
     async def root() -> Health:
         await backend.require_ready()
         return health
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", summary="Does the process answer?", tags=["health"])
     async def healthz() -> Alive:
         return Alive()
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", summary="Can it predict?", tags=["health"], responses=documented(503, 504))
     async def readyz() -> Ready:
         await backend.require_ready()
@@ -143,7 +146,10 @@ def _add_problem_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
-        return answer(request, kind_of_status(error.status_code), str(error.detail), error.headers)
+        detail = {404: "there is nothing here; /docs tells what there is", 405: "this method is not answered here"}.get(error.status_code)
+        allowed = (error.headers or {}).get("Allow")
+        detail = f"{detail}; use {allowed}" if detail and allowed else detail
+        return answer(request, kind_of_status(error.status_code), detail or str(error.detail), error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -1,11 +1,13 @@
 """The endpoint on this machine, for as long as the caller lets it run."""
 
+import io
 import os
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import httpx
@@ -72,7 +74,16 @@ def run_local(
         ready(url)
         threading.Event().wait()
     finally:
+        _shut_down()
+
+
+def _shut_down() -> None:
+    with redirect_stdout(io.StringIO()) as held:
         ray_serve.shutdown()
+    for line in held.getvalue().splitlines():
+        # Of the controller's end, which was asked for, Ray tells as of a failure.
+        if "ServeController.graceful_shutdown failed" not in line:
+            print(line)
 
 
 def _require_haproxy_can_run(tls: tuple[Path, Path] | None) -> None:

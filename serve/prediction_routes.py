@@ -20,7 +20,7 @@ from sentinode.images import UInt8Array, plain_tiff
 from sentinode.manifests import BundleManifest
 from sentinode.probability import Decision
 from serve.backend import WatchedBackend
-from serve.batch_body import ARRAY_TYPES, pieces_of_array
+from serve.batch_body import ARRAY_TYPES, NPY_TYPE, pieces_of_array
 from serve.form_body import MANY_FILES, ONE_FILE, form_of, many_files, one_file
 from serve.measures import measures
 from serve.middleware import request_id_of
@@ -94,6 +94,11 @@ def prediction_router(backend: WatchedBackend, manifest: BundleManifest, config:
         measures().decided(decision, prediction.needs_review)
         return prediction
 
+    def require_known(request: Request, parameter: str) -> None:
+        # One that is misspelt would be passed over, and a wrong spacing with it.
+        if any(name != parameter for name in request.query_params):
+            raise ProblemError("invalid_request", f"unknown parameter in the query; there is: {parameter}")
+
     async def one_patch(request: Request) -> UInt8Array:
         data = await one_file(request)
         plain = plain_tiff(data, side)
@@ -110,6 +115,7 @@ def prediction_router(backend: WatchedBackend, manifest: BundleManifest, config:
     )
     async def predict(request: Request, spacing_um_px: Spacing = None) -> Response:
         """Say whether the centre 32x32 pixels of a patch hold tumour tissue, with a calibrated probability and whether a human should look."""
+        require_known(request, "spacing_um_px")
         decision, speaker = await backend.classify(await one_patch(request))
         return Response(told(decision, speaker, request, spacing_um_px).model_dump_json(), media_type="application/json")
 
@@ -128,6 +134,7 @@ def prediction_router(backend: WatchedBackend, manifest: BundleManifest, config:
         Send files in the form field `files`, or pixels as an array: uint8, n x side x side x 3, RGB, raw or as an .npy file.
         """
         nonlocal reading
+        require_known(request, "spacing_um_px")
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if reading >= config.max_batch_requests:
             # Refused, not kept waiting: Ray reads bodies ahead, so those that wait would fill the memory, and places that others need.
@@ -135,7 +142,7 @@ def prediction_router(backend: WatchedBackend, manifest: BundleManifest, config:
         reading += 1
         try:
             if kind in ARRAY_TYPES:
-                pieces = _array_pieces(request, side, config)
+                pieces = _array_pieces(request, kind == NPY_TYPE, side, config)
             elif kind == "multipart/form-data":
                 pieces = _file_pieces(await many_files(request, config.max_batch_patches), side, config)
             else:
@@ -168,6 +175,7 @@ def prediction_router(backend: WatchedBackend, manifest: BundleManifest, config:
         opacity: Annotated[float, Query(ge=0, le=1, allow_inf_nan=False, description="Of the map: 0 = the patch alone, 1 = the map alone")] = 0.4,
     ) -> Response:
         """Draw Grad-CAM of the difference between both logits over a patch: red speaks for Metastatic. It says where, not whether."""
+        require_known(request, "opacity")
         shown, speaker = await backend.explain(await one_patch(request), opacity)
         headers = {"X-Model-Digest": speaker.model.digest, "X-Notice": RESEARCH_USE_NOTICE}
         return Response(await asyncio.to_thread(_png, shown), media_type="image/png", headers=headers)
@@ -192,8 +200,8 @@ _Wrong = tuple[str, str]
 _Piece = tuple[UInt8Array, Sequence[_Wrong | None]]
 
 
-async def _array_pieces(request: Request, side: int, config: ServeConfig) -> AsyncIterator[_Piece]:
-    async for patches in pieces_of_array(request.stream(), side, config.max_batch_size, config.max_batch_patches):
+async def _array_pieces(request: Request, is_npy: bool, side: int, config: ServeConfig) -> AsyncIterator[_Piece]:
+    async for patches in pieces_of_array(request.stream(), side, config.max_batch_size, config.max_batch_patches, must_be_npy=is_npy):
         yield patches, [None] * len(patches)
 
 

@@ -36,8 +36,14 @@ async function ask(path, options = {}) {
 }
 
 async function problemOf(response) {
-  if (response.status === 401) { $("key-form").hidden = false; $("key").focus(); }
-  try { return (await response.json()).detail; } catch (error) { return `The endpoint answered ${response.status}.`; }
+  let detail = `The endpoint answered ${response.status}.`;
+  try { ({ detail } = await response.json()); } catch (error) { /* not from our code */ }
+  if (response.status === 401) {
+    $("key-problem").textContent = key ? detail : "";
+    $("key-form").hidden = false;
+    $("key").focus();
+  }
+  return detail;
 }
 
 function formOf(file) {

@@ -130,6 +130,19 @@ def test_a_body_that_is_no_array_of_patches_is_refused(predictor: Predictor, bod
     assert response.status_code in (413, 422)
 
 
+def test_an_npy_file_must_be_one_and_the_message_says_what_is_wrong(client: TestClient) -> None:
+    for body, detail in (
+        (PATCHES.tobytes(), "no .npy file"),
+        (encode(PATCHES[0], "PNG"), "no .npy file"),
+        (npy(PATCHES.astype(np.float32)), "not uint8"),
+        (npy(np.asfortranarray(PATCHES)), "ascontiguousarray"),
+    ):
+        response = post_array(client, body, "application/x-npy")
+        assert (response.status_code, response.json()["type"]) == (422, "urn:sentinode:problem:wrong_array")
+        assert detail in response.json()["detail"]
+    assert post_array(client, PATCHES.tobytes(), "application/octet-stream").status_code == 200
+
+
 def test_other_kinds_of_bodies_are_refused(client: TestClient) -> None:
     for kind in ("application/json", "image/tiff", ""):
         response = client.post("/predict/batch", content=b"{}", headers={"content-type": kind})

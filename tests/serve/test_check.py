@@ -9,6 +9,7 @@ import serve
 from sentinode.config import ServeConfig
 from sentinode.errors import ConfigError
 from serve.check import check_serve_file
+from tests.processes import ROOT
 
 SHIPPED = sorted(Path(serve.__file__).parent.glob("*.yaml"))
 
@@ -150,3 +151,11 @@ def test_a_mistyped_path_to_our_own_application_is_named(tmp_path: Path) -> None
     path.write_text("applications:\n  - {name: a, route_prefix: /, import_path: 'serve.app:buid_app', args: {bundel: x}}\n")
     with pytest.raises(ConfigError, match=r"applications\[0\]\.import_path: got 'serve\.app:buid_app', expected serve\.app:build_app"):
         check_serve_file(path)
+
+
+def test_a_proxy_that_would_not_wait_for_our_answer_is_refused(tmp_path: Path) -> None:
+    content = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
+    content["http_options"]["request_timeout_s"] = 300
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match=r"http_options\.request_timeout_s: got 300, expected more than the 300 of args"):
+        check_serve_file(tmp_path / "config.yaml")

@@ -129,6 +129,31 @@ def test_two_files_are_refused_rather_than_one_ignored(client: TestClient) -> No
     require_problem(client.post("/predict", files=files), "several_files", 422)
 
 
+def test_what_would_be_passed_over_is_refused(client: TestClient) -> None:
+    # A spacing in the wrong place, or misspelt, would be taken for one that fits.
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("/predict", {"data": {"spacing_um_px": "0.5"}}),
+        ("/predict?spacing=0.5", {}),
+        ("/predict/batch?spacing=0.5", {}),
+        ("/explain?opacty=0.5", {}),
+    ]
+    for path, sent in wrong:
+        field = "files" if "batch" in path else "file"
+        problem = require_problem(client.post(path, files={field: ("p", good_tif())}, **sent), "invalid_request", 422)
+        assert "spacing_um_px" in problem["detail"] or "opacity" in problem["detail"]
+    response = client.post("/predict", files={"file": ("p", good_tif()), "other": ("p", good_tif())})
+    require_problem(response, "invalid_request", 422)
+
+
+def test_balancers_may_ask_with_head(client: TestClient) -> None:
+    assert [client.head(path).status_code for path in ("/", "/healthz", "/readyz")] == [200, 200, 200]
+
+
+def test_a_wrong_address_is_told_where_to_look(client: TestClient) -> None:
+    assert "/docs" in require_problem(client.get("/predictions"), "not_found", 404)["detail"]
+    assert "use POST" in require_problem(client.get("/predict"), "method_not_allowed", 405)["detail"]
+
+
 def test_broken_multipart_is_refused(client: TestClient) -> None:
     headers = {"content-type": "multipart/form-data; boundary=b"}
     require_problem(client.post("/predict", content=b"no boundary in here", headers=headers), "malformed_body", 400)
