@@ -23,6 +23,7 @@ logger = logging.getLogger("sentinode")
 
 def add_common_arguments(parser: argparse.ArgumentParser, config: type[Config] | None, example: str = "epochs=3 augment.dihedral=false") -> None:
     """Add the options of every verb; the configuration ones, with an `example` of a setting, where the verb has a configuration."""
+    parser.set_defaults(config_model=config)
     if config is not None:
         parser.add_argument("--config", metavar="YAML", help="file with configuration keys")
         parser.add_argument("--preset", metavar="NAME", help=f"configuration that comes with the program, laid over --config: {_preset_names()}")

@@ -1,0 +1,78 @@
+"""A Ray head with its job server and a token, as a platform team starts one, for tests."""
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head that runs."""
+
+    ray_address: str
+    job_server: str
+    environment: dict[str, str]
+    """What a command needs to be let in: the mode and the token."""
+
+
+@contextmanager
+def head_with_token(cpus: int = 4) -> Iterator[Head]:
+    """Start a head of its own, in temporary folders, and end it."""
+    with tempfile.TemporaryDirectory(prefix="sn-head-", dir="/tmp") as folder, socket.socket() as one, socket.socket() as other:
+        for probe in (one, other):
+            probe.bind(("127.0.0.1", 0))
+        port, dashboard_port = one.getsockname()[1], other.getsockname()[1]
+        one.close()
+        other.close()
+        home = Path(folder, "home")
+        home.mkdir()
+        token = secrets.token_hex(32)
+        guard = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+        environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
+        # The `python` of a job's command line is found as the head finds it.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment |= guard | {"HOME": str(home), "PATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
+        command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1"]
+        command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}", f"--num-cpus={cpus}", "--num-gpus=0", f"--temp-dir={folder}"]
+        # Else two heads on one machine want the same port of the agent.
+        command += ["--dashboard-agent-listen-port=0"]
+        log = Path(folder, "head.log")
+        with log.open("wb") as out:
+            process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+        try:
+            job_server = f"http://127.0.0.1:{dashboard_port}"
+            _wait_until_it_answers(job_server, token, process, log)
+            yield Head(f"127.0.0.1:{port}", job_server, guard)
+        finally:
+            # All at once: asked to end, it would wait half a minute for each.
+            for one in [process, *psutil.Process(process.pid).children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+            process.wait()
+
+
+def _wait_until_it_answers(job_server: str, token: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    end, tick = time.monotonic() + 90, threading.Event()
+    while True:
+        assert process.poll() is None, log.read_text()
+        try:
+            # Not the version, which is told before jobs are taken.
+            answer = httpx.get(f"{job_server}/api/jobs/", headers={"Authorization": f"Bearer {token}"}, timeout=10, trust_env=False)
+            if answer.status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        assert time.monotonic() < end, log.read_text()
+        tick.wait(0.2)

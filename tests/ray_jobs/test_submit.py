@@ -1,0 +1,247 @@
+"""Verbs as jobs: what is sent, what is refused here, and a real head with its job server and a token."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import ray
+
+import ray_jobs.submit as submit_module
+from data_prep.synth import synthesize
+from ray_jobs.submit import PACKAGES, check_command, connect, split_arguments, upload_folder
+from sentinode.errors import ConfigError, UsageError
+from tests.heads import Head, head_with_token
+from tests.processes import ROOT
+
+VERBS = ["prepare", "train", "tune"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "own", "of_verb"),
+    [
+        ("train --data d --out o", "train", "--data d --out o"),
+        ("train --data d --address http://h --out o", "train --address http://h", "--data d --out o"),
+        ("--address=http://h train --set epochs=3 seed=1 --detach", "--address=http://h train --detach", "--set epochs=3 seed=1"),
+        ("--stop train-1", "--stop train-1", ""),
+        ("train --json -v --id mine", "train --json -v --id mine", "--json -v"),
+        ("train --help", "train", "--help"),
+        ("--help", "--help", ""),
+        ("nonsense --data d", "nonsense --data d", ""),
+    ],
+)
+def test_our_arguments_and_the_verbs_are_told_apart(argv: str, own: str, of_verb: str) -> None:
+    assert split_arguments(argv.split(), VERBS) == (own.split(), of_verb.split())
+
+
+def test_a_command_is_checked_before_anything_is_sent(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="epoch"):
+        check_command("train", ["--data", "d", "--out", "o", "--set", "epoch=3"])
+    with pytest.raises(SystemExit):
+        check_command("train", ["--data", "d"])
+    (tmp_path / "mine.yaml").write_text("epochs: 3\n")
+    for given in (["--config", str(tmp_path / "mine.yaml")], [f"--config={tmp_path / 'mine.yaml'}"]):
+        command = check_command("train", ["--data", "s3://b/d", "--out", "/shared/run", *given])
+        assert command.files == {"submitted/mine.yaml": tmp_path / "mine.yaml"}
+        assert "submitted/mine.yaml" in command.entrypoint
+        assert str(tmp_path) not in command.entrypoint
+        assert command.entrypoint.startswith("python -m ray_jobs.train --data s3://b/d --out /shared/run --config")
+        assert command.paths == ["/shared/run"]
+        assert command.arguments[-1] == "--json"
+
+
+def test_the_same_command_has_the_same_id(tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text("epochs: 3\n")
+    arguments = ["--data", "d", "--out", "o", "--config", str(config)]
+    first = check_command("train", arguments).submission_id
+    assert first == check_command("train", arguments).submission_id
+    assert first.startswith("train-")
+    assert first != check_command("train", ["--data", "d", "--out", "other", "--config", str(config)]).submission_id
+    config.write_text("epochs: 4\n")
+    assert first != check_command("train", arguments).submission_id
+
+
+def test_the_upload_is_our_code_and_small(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("epochs: 3\n")
+    with upload_folder({"submitted/mine.yaml": tmp_path / "mine.yaml"}) as folder:
+        assert {path.name for path in folder.iterdir()} == {*PACKAGES, "submitted"}
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        assert (folder / "submitted/mine.yaml").read_text() == "epochs: 3\n"
+        assert not [path for path in files if path.suffix in (".pyc", ".safetensors", ".parquet")]
+        assert sum(path.stat().st_size for path in files) < 4 * 2**20
+        # Enough to run from, with nothing of ours installed.
+        text = subprocess.run([sys.executable, "-m", "ray_jobs.train", "--help"], cwd=folder, capture_output=True, text=True, check=True).stdout
+        assert "--data" in text
+    assert not folder.exists()
+
+
+def test_what_is_too_big_to_send_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit_module, "LARGEST_UPLOAD_BYTES", 4 * 2**20)
+    (tmp_path / "huge.yaml").write_bytes(bytes(5 * 2**20))
+    with (
+        pytest.raises(UsageError, match=r"the upload has .* the largest: submitted/huge\.yaml \(5\.0 MiB\)"),
+        upload_folder({"submitted/huge.yaml": tmp_path / "huge.yaml"}),
+    ):
+        pass
+
+
+@contextmanager
+def answering_with(status: int, body: bytes, delay_s: float = 0) -> Iterator[str]:
+    """A server that is no job server."""
+    over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            over.wait(delay_s)
+            with suppress(BrokenPipeError):  # who asked has given up
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        over.set()
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def address_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    # `connect` sets it, which then belongs to the process.
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8265", "ftp://h", "http://", "nonsense"])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(UsageError, match="expected the address of a job server"):
+        connect(address)
+
+
+def test_a_server_that_is_none_is_told_from_one_that_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit_module, "_ANSWER_TIMEOUT_S", 1.0)
+    with pytest.raises(UsageError, match="no Ray job server can be reached there"):
+        connect("http://127.0.0.1:9")
+    with answering_with(200, b"<html>", delay_s=20) as address, pytest.raises(UsageError, match="no Ray job server can be reached there"):
+        connect(address)
+    for status, body in ((200, b"<html>"), (200, b"{}"), (404, b""), (500, b"")):
+        with answering_with(status, body) as address, pytest.raises(UsageError, match="what answers there is no Ray job server"):
+            connect(address)
+    for status in (401, 403):
+        with answering_with(status, b"") as address, pytest.raises(UsageError, match="refused without its token"):
+            connect(address)
+    with answering_with(200, json.dumps({"ray_version": "2.50.1"}).encode()) as address, pytest.raises(UsageError) as caught:
+        connect(address)
+    assert "2.50.1" in str(caught.value)
+    assert ray.__version__ in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with head_with_token() as head:
+        yield head
+
+
+def sentinode(head: Head, *argv: str | Path, token: str | None = "", timeout_s: float = 240) -> "subprocess.CompletedProcess[str]":
+    """Run a command with the head's token, another, or none."""
+    return subprocess.run(
+        [sys.executable, "-m", "ray_jobs.cli", *map(str, argv)],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=environment(head, token),
+        cwd=ROOT,
+    )
+
+
+def environment(head: Head, token: str | None = "") -> dict[str, str]:
+    chosen = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")} | head.environment
+    chosen["RAY_API_SERVER_ADDRESS"] = head.job_server
+    if token is None:
+        del chosen["RAY_AUTH_TOKEN"]
+        chosen["RAY_AUTH_MODE"] = "disabled"
+    elif token:
+        chosen["RAY_AUTH_TOKEN"] = token
+    return chosen
+
+
+@pytest.mark.ray
+def test_a_verb_runs_as_a_job_and_its_exit_code_is_ours(head: Head, tmp_path: Path) -> None:
+    source = synthesize(tmp_path / "source", 120, 1)
+    prepare = ("submit", "prepare", "--source", source, "--out", tmp_path / "data")
+    done = sentinode(head, *prepare, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["submission_id"].startswith("prepare-")
+    assert (tmp_path / "data/dataset.json").is_file()
+    # Again: a new attempt, of a verb that finds it done.
+    again = sentinode(head, *prepare)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"submitted: {told['submission_id']}-2" in again.stdout
+    assert "already complete" in again.stdout
+    # What only the cluster can know is the job's to refuse, with its own code.
+    refused = sentinode(head, "submit", "prepare", "--source", tmp_path / "nowhere", "--out", tmp_path / "other")
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert "failed with exit code 2" in refused.stderr
+    # And what can be known here is refused here.
+    wrong = sentinode(head, "submit", "train", "--data", "d", "--out", "o", "--set", "epoch=3")
+    assert wrong.returncode == 2
+    assert "submitted" not in wrong.stdout
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("token", [None, "wrong" * 16])
+def test_without_the_token_nothing_is_taken(head: Head, token: str | None, tmp_path: Path) -> None:
+    began = time.monotonic()
+    refused = sentinode(head, "submit", "prepare", "--source", tmp_path, "--out", tmp_path / "data", token=token)
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert "token" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_ctrl_c_detaches_and_stop_stops(head: Head, tmp_path: Path) -> None:
+    source = synthesize(tmp_path / "source", 120, 1)
+    assert sentinode(head, "submit", "prepare", "--source", source, "--out", tmp_path / "data").returncode == 0
+    sets = ("epochs=5000", "arch=resnet18", "weights=none", "unfreeze_depth=5", "input_size_px=32", "batch_size=8")
+    train = ("submit", "train", "--data", tmp_path / "data", "--out", tmp_path / "run", "--set", *sets)
+    command = [sys.executable, "-m", "ray_jobs.cli", *map(str, train)]
+    following = subprocess.Popen(
+        command, env=environment(head), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert following.stdout is not None
+    lines = iter(following.stdout.readline, "")
+    name = next(line for line in lines if line.startswith("submitted: ")).split()[1]
+    next(line for line in lines if line.startswith("epoch 1"))
+    following.send_signal(signal.SIGINT)
+    _, error = following.communicate(timeout=60)
+    assert following.returncode == 3
+    assert f"detached; {name} goes on" in error
+    # The same command again follows the job that runs; it is not a second one.
+    again = sentinode(head, *train, "--detach")
+    assert again.returncode == 0, again.stderr
+    assert f"already there: {name}" in again.stdout
+    stopped = sentinode(head, "submit", "--stop", name)
+    assert stopped.returncode == 0, stopped.stderr
+    assert f"{name}: stopped" in stopped.stdout
+    assert list((tmp_path / "run").glob("checkpoint_*"))
+    unknown = sentinode(head, "submit", "--stop", "nothing-1")
+    assert unknown.returncode == 2
+    assert "there is no such job" in unknown.stderr
