@@ -35,8 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         verbs.add_parser(name, help=text, add_help=False)
     for name, (run, _) in tools.items():
         verbs.add_parser(name, help=(run.__doc__ or "").split(".", 1)[0], add_help=False)
+    verbs.add_parser("submit", help="Run a verb as a job of a Ray cluster", add_help=False)
+    verbs.add_parser("doctor", help="Tell whether this machine, or a cluster, is able to run it", add_help=False)
     verb = arguments[0] if arguments else None
-    if verb in JOBS:
+    if verb in JOBS or verb in ("submit", "doctor"):
         return int(importlib.import_module(f"ray_jobs.{verb}").main(arguments[1:], prog=f"sentinode {verb}"))
     if verb in tools:
         run, add_arguments = tools[verb]

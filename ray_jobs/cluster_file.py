@@ -1,0 +1,98 @@
+"""Strict check of a file for `ray up`. Ray itself lets any key pass under `provider` and `node_config`, where a misspelt one may open something.
+
+sentinode doctor --cluster-file cluster.yaml
+"""
+
+import copy
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+from sentinode.config import read_yaml_mapping
+from sentinode.errors import ConfigError
+
+_PROVIDER_KEYS = {
+    "aws": {"region", "availability_zone", "cache_stopped_nodes", "use_internal_ips", "security_group", "key_pair", "aws_credentials", "cloudwatch"},
+    "gcp": {"region", "availability_zone", "project_id", "cache_stopped_nodes", "use_internal_ips", "gcp_credentials"},
+    "local": {"head_ip", "worker_ips", "external_head_ip", "coordinator_address"},
+}
+"""What Ray 2.60's node providers read, beside `type`."""
+
+# Of EC2's RunInstances, in boto3's spelling, and Ray's own two.
+_AWS_NODE_KEYS = (
+    "BlockDeviceMappings CapacityReservationSpecification CpuOptions CreditSpecification DisableApiTermination EbsOptimized EnclaveOptions "
+    "HibernationOptions IamInstanceProfile ImageId InstanceInitiatedShutdownBehavior InstanceMarketOptions InstanceType Ipv6AddressCount KernelId "
+    "KeyName LaunchTemplate LicenseSpecifications MaintenanceOptions MetadataOptions Monitoring NetworkInterfaces Placement PrivateDnsNameOptions "
+    "PrivateIpAddress RamdiskId SecurityGroupIds SecurityGroups SubnetId SubnetIds TagSpecifications UserData"
+)
+# Of the Compute API's instances.insert.
+_GCP_NODE_KEYS = (
+    "advancedMachineFeatures canIpForward confidentialInstanceConfig deletionProtection description disks displayDevice guestAccelerators hostname "
+    "labels machineType metadata minCpuPlatform networkInterfaces params privateIpv6GoogleAccess reservationAffinity resourcePolicies scheduling "
+    "serviceAccounts shieldedInstanceConfig sourceMachineImage tags"
+)
+_NODE_KEYS = {"aws": set(_AWS_NODE_KEYS.split()), "gcp": set(_GCP_NODE_KEYS.split()), "local": set()}
+
+_TO_FILL_IN = re.compile(r"[\w.-]*CHANGE-ME")
+
+
+def check_cluster_file(path: str | Path, *, filled_in: bool = True) -> None:
+    """Check a file for `ray up`.
+
+    Parameters
+    ----------
+    path : str or Path
+    filled_in : bool
+        Whether values marked CHANGE-ME are refused.
+
+    Raises
+    ------
+    ConfigError
+        One line: the file, the key, what was expected.
+    """
+    from ray.autoscaler._private.util import validate_config
+
+    content = read_yaml_mapping(path)
+    try:
+        # Of the file as it is written: what Ray would fill in is Ray's.
+        validate_config(copy.deepcopy(content))
+    except jsonschema.ValidationError as error:
+        where = ".".join(map(str, error.absolute_path))
+        raise ConfigError(f"{path}: {f'{where}: ' if where else ''}{error.message.splitlines()[0]}") from error
+    except Exception as error:
+        # Ray's validator raises what its parts do.
+        raise ConfigError(f"{path}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+    provider = content["provider"]
+    kind = provider["type"]
+    if kind not in _PROVIDER_KEYS:
+        raise ConfigError(f"{path}: provider.type: got {kind!r}, expected one of {', '.join(sorted(_PROVIDER_KEYS))}")
+    _refuse_unknown(path, "provider", provider, _PROVIDER_KEYS[kind] | {"type"})
+    for name, node in (content.get("available_node_types") or {}).items():
+        _refuse_unknown(path, f"available_node_types.{name}.node_config", node.get("node_config") or {}, _NODE_KEYS[kind])
+    left = sorted({mark for text in _texts(content) for mark in _TO_FILL_IN.findall(text)})
+    if filled_in and left:
+        raise ConfigError(f"{path}: still to be filled in: {', '.join(left)}")
+
+
+def _refuse_unknown(path: str | Path, where: str, given: Mapping[str, Any], known: set[str]) -> None:
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(known))}"
+            raise ConfigError(f"{path}: unknown key {where}.{key}; {hint}")
+
+
+def _texts(value: Any) -> Iterable[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    else:
+        yield str(value)
