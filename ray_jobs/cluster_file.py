@@ -4,15 +4,14 @@ sentinode doctor --cluster-file cluster.yaml
 """
 
 import copy
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 
-from sentinode.config import read_yaml_mapping
+from sentinode.config import known_keys_hint, read_yaml_mapping
 from sentinode.errors import ConfigError
 
 _PROVIDER_KEYS = {
@@ -73,7 +72,7 @@ def check_cluster_file(path: str | Path, *, filled_in: bool = True) -> None:
     _refuse_unknown(path, "provider", provider, _PROVIDER_KEYS[kind] | {"type"})
     for name, node in (content.get("available_node_types") or {}).items():
         _refuse_unknown(path, f"available_node_types.{name}.node_config", node.get("node_config") or {}, _NODE_KEYS[kind])
-    left = sorted({mark for text in _texts(content) for mark in _TO_FILL_IN.findall(text)})
+    left = sorted({mark for text in texts_in(content) for mark in _TO_FILL_IN.findall(text)})
     if filled_in and left:
         raise ConfigError(f"{path}: still to be filled in: {', '.join(left)}")
 
@@ -81,18 +80,17 @@ def check_cluster_file(path: str | Path, *, filled_in: bool = True) -> None:
 def _refuse_unknown(path: str | Path, where: str, given: Mapping[str, Any], known: set[str]) -> None:
     for key in given:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(known))}"
-            raise ConfigError(f"{path}: unknown key {where}.{key}; {hint}")
+            raise ConfigError(f"{path}: unknown key {where}.{key}{known_keys_hint(key, known)}")
 
 
-def _texts(value: Any) -> Iterable[str]:
+def texts_in(value: Any) -> Iterator[str]:
+    """Yield every key and value of nested mappings and lists, as text."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield str(key)
-            yield from _texts(item)
+            yield from texts_in(item)
     elif isinstance(value, list):
         for item in value:
-            yield from _texts(item)
+            yield from texts_in(item)
     else:
         yield str(value)

@@ -190,12 +190,8 @@ def cluster(address: str) -> Callable[[], Iterator[Check]]:
     def check() -> Iterator[Check]:
         from ray_jobs.submit import connect
 
-        try:
-            connect(address)
-        except SentinodeError as error:
-            yield Check("cluster", "fail", str(error), "the tunnel of `ray dashboard`, the address, the token, or `pip install ray==` its version")
-        else:
-            yield Check("cluster", "ok", f"{address} answers, takes the token and runs the same Ray")
+        do = "the tunnel of `ray dashboard`, the address, the token, or `pip install ray==` its version"
+        yield _judged("cluster", lambda: connect(address), f"{address} answers, takes the token and runs the same Ray", do)
 
     return check
 
@@ -235,14 +231,19 @@ def cluster_file(path: str) -> Callable[[], Iterator[Check]]:
     def check() -> Iterator[Check]:
         from ray_jobs.cluster_file import check_cluster_file
 
-        try:
-            check_cluster_file(path)
-        except SentinodeError as error:
-            yield Check("cluster file", "fail", str(error), "docs/cluster.md says what goes there")
-        else:
-            yield Check("cluster file", "ok", f"{path}: every key is known, every value filled in")
+        found = f"{path}: every key is known, every value filled in"
+        yield _judged("cluster file", lambda: check_cluster_file(path), found, "docs/cluster.md says what goes there")
 
     return check
+
+
+def _judged(name: str, judge: Callable[[], object], found: str, do: str) -> Check:
+    """Return `found` where `judge` has nothing against it, else what it raised."""
+    try:
+        judge()
+    except SentinodeError as error:
+        return Check(name, "fail", str(error), do)
+    return Check(name, "ok", found)
 
 
 def run_checks(checks: Sequence[Callable[[], Iterator[Check]]]) -> list[Check]:

@@ -100,8 +100,9 @@ class _Attempts:
                 self._strange_404s += 1
                 return self._strange_404s > _STRANGE_404S
             return met.status_code not in RETRIED_STATUSES
-        if isinstance(met, _OUR_FAULTS) or isinstance(_root(met), ssl.SSLCertVerificationError):
-            hint = "; a certificate of your own: Client(verify=FILE)" if isinstance(_root(met), ssl.SSLCertVerificationError) else ""
+        is_distrusted = isinstance(_root(met), ssl.SSLCertVerificationError)
+        if isinstance(met, _OUR_FAULTS) or is_distrusted:
+            hint = "; a certificate of your own: Client(verify=FILE)" if is_distrusted else ""
             raise UsageError(f"the endpoint cannot be asked: {_root(met)}{hint}") from met
         return False
 

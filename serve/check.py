@@ -1,7 +1,6 @@
 """Strict check of a Serve config file. Serve itself drops keys it does not know, at nearly every level, without a word."""
 
 import copy
-import difflib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from ray.runtime_env import RuntimeEnv
 from ray.serve.schema import ServeDeploySchema
 
-from sentinode.config import ServeConfig, describe_validation_error, parse_config, read_yaml_mapping
+from sentinode.config import ServeConfig, describe_validation_error, known_keys_hint, parse_config, read_yaml_mapping
 from sentinode.errors import ConfigError
 from serve.app import CLASSIFIER, ENDPOINT, IMPORT_PATH
 
@@ -124,9 +123,7 @@ def _check_values(value: Any, annotation: Any, where: str) -> None:
 def _refuse_unknown(value: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
     for key in value:
         if key not in known:
-            close = difflib.get_close_matches(str(key), list(known), n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(known))}"
-            raise ConfigError(f"unknown key {_join(where, str(key))}; {hint}")
+            raise ConfigError(f"unknown key {_join(where, str(key))}{known_keys_hint(str(key), known)}")
 
 
 def _fields_by_key(model: type[BaseModel]) -> Iterator[tuple[str, Any]]:

@@ -15,6 +15,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from ray_jobs.cluster_file import texts_in
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -68,7 +70,7 @@ def test_workers_scale_from_zero_to_a_ceiling_and_are_given_back(cluster: dict[s
 
 
 def test_no_port_is_opened(cluster: dict[str, Any]) -> None:
-    assert not re.search(r"0\.0\.0\.0|::/0", "\n".join(_strings(cluster)))
+    assert not re.search(r"0\.0\.0\.0|::/0", "\n".join(texts_in(cluster)))
     assert not {"IpPermissions", "security_group"} & set(_keys(cluster))
     for kind in cluster["available_node_types"].values():
         # Where a type names no group of its own, Ray makes one that accepts ssh from everywhere.
@@ -91,13 +93,13 @@ def test_ray_starts_only_with_a_token(cluster: dict[str, Any], key: str) -> None
 
 
 def test_the_file_holds_no_secret(cluster: dict[str, Any]) -> None:
-    assert "RAY_AUTH_TOKEN" not in "\n".join(_strings(cluster))
+    assert "RAY_AUTH_TOKEN" not in "\n".join(texts_in(cluster))
     assert not {"aws_credentials", "ssh_private_key", "KeyName"} & set(_keys(cluster))
-    assert not re.search(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|\b[0-9a-f]{32,}\b", "\n".join(_strings(cluster)))
+    assert not re.search(r"\b(AKIA|ASIA)[A-Z0-9]{16}\b|\b[0-9a-f]{32,}\b", "\n".join(texts_in(cluster)))
 
 
 def test_what_has_no_default_is_marked_in_a_few_places(cluster: dict[str, Any]) -> None:
-    marks = {mark for text in _strings(cluster) for mark in re.findall(r"\b\w+-CHANGE-ME\b", text)}
+    marks = {mark for text in texts_in(cluster) for mark in re.findall(r"\b\w+-CHANGE-ME\b", text)}
     assert marks == {"ami-CHANGE-ME", "sg-CHANGE-ME", "fs-CHANGE-ME"}
     # Each stands once; the other node types refer to it.
     lines = [line for line in (ROOT / "cluster.yaml").read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
@@ -147,18 +149,6 @@ def test_every_key_is_explained() -> None:
 
 def _ray_starts(commands: list[str]) -> list[str]:
     return [command for command in commands if "ray start" in command]
-
-
-def _strings(value: object) -> Iterator[str]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield str(key)
-            yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
-    else:
-        yield str(value)
 
 
 def _keys(value: object) -> Iterator[str]:

@@ -7,7 +7,7 @@ Read with `load_config`: defaults, then a YAML file or preset, then `key=value` 
 from sentinode.config.base import Config, Engine, Fraction, Rgb, Seed
 from sentinode.config.domains import DOMAIN_KINDS, Choice, Domain, Grid, LogRandInt, LogUniform, RandInt, Uniform
 from sentinode.config.ensemble import EnsembleConfig
-from sentinode.config.errors import describe_validation_error
+from sentinode.config.errors import describe_validation_error, known_keys_hint
 from sentinode.config.export import ExportConfig
 from sentinode.config.inference import EvaluateConfig, PredictConfig
 from sentinode.config.loading import ConfigT, load_config, parse_config, read_yaml_mapping
@@ -50,6 +50,7 @@ __all__ = [
     "TrainConfig",
     "Uniform",
     "describe_validation_error",
+    "known_keys_hint",
     "load_config",
     "merge",
     "parse_config",

@@ -3,6 +3,7 @@
 import difflib
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -37,11 +38,16 @@ def describe_validation_error(error: ValidationError, model: type[BaseModel]) ->
     return f"{key}: got {first['input']!r}, {' or '.join([message[0].lower() + message[1:], *others])}{more}"
 
 
+def known_keys_hint(key: str, known: Iterable[str]) -> str:
+    """Return what follows "unknown key …": the nearest of the known keys, else all of them."""
+    among = sorted(known)
+    close = difflib.get_close_matches(key, among, n=1)
+    return f"; did you mean {close[0]}?" if close else (f"; known keys: {', '.join(among)}" if among else "")
+
+
 def _hint(model: type[BaseModel], location: _Location) -> str:
     parent = _key_at(model, location[:-1])[1]
-    known = sorted(parent.model_fields) if _is_model(parent) else []
-    close = difflib.get_close_matches(str(location[-1]), known, n=1)
-    return f"; did you mean {close[0]}?" if close else (f"; known keys: {', '.join(known)}" if known else "")
+    return known_keys_hint(str(location[-1]), parent.model_fields if _is_model(parent) else ())
 
 
 def _key_at(model: type[BaseModel], location: _Location) -> tuple[_Location, Any]:
