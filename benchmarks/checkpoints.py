@@ -33,6 +33,7 @@ def rounds(given: dict[str, Any]) -> dict[str, list[float]]:
     from sentinode.config import TrainConfig
     from sentinode.ingest import ResidentRows
     from sentinode.learner import Learner
+    from sentinode.locations import locate
     from sentinode.model import build_model
     from sentinode.training import Progress, train_epochs
     from sentinode.worker import set_up_worker
@@ -44,7 +45,7 @@ def rounds(given: dict[str, Any]) -> dict[str, list[float]]:
     val = patches.take(np.array([0, 3]))
     learner, source = Learner(build_model(config.arch), config), ResidentRows(patches, "cpu")
     progress = Progress()
-    writer = CheckpointWriter(folder, config, "resident", 0, 1, 0)
+    writer = CheckpointWriter(locate(folder), "1", config, "resident", 0, 1, 0)
 
     def steps() -> None:
         until = config.model_copy(update={"epochs": progress.epochs_done + 1})
@@ -52,8 +53,7 @@ def rounds(given: dict[str, Any]) -> dict[str, list[float]]:
 
     def in_turn(number: int) -> None:
         about = {"number": number, "world_size": 1, "ingest": "resident", "progress": asdict(progress)}
-        (folder / f"waited_{number}").mkdir()
-        _Copy.of(learner, 0, about).write(folder, folder / f"waited_{number}")
+        _Copy.of(learner, 0, about).write(locate(folder), "1", locate(folder / f"waited_{number}"))
 
     kinds = {"none": lambda number: None, "ours": lambda number: writer.save(learner, progress), "waiting": in_turn}
     seconds: dict[str, list[float]] = {name: [] for kind in kinds for name in (kind, f"{kind} waits")}
@@ -85,7 +85,7 @@ def main() -> int:
 
     folder = args.scratch.resolve() / f"checkpoints-{os.getpid()}"
     folder.mkdir(parents=True)
-    (folder / REQUEST_FILE).write_text(json.dumps({}))
+    (folder / REQUEST_FILE).write_text(json.dumps({"id": "1"}))
     with connected(1):
         trainer = TorchTrainer(
             rounds,

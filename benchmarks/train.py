@@ -48,6 +48,7 @@ from sentinode.config import AugmentConfig, Precision, TrainConfig
 from sentinode.dataset import Patches, PreparedDataset
 from sentinode.ingest import ResidentRows
 from sentinode.learner import Learner
+from sentinode.locations import locate
 from sentinode.model import build_model
 from sentinode.preprocess import network_input
 from sentinode.training import Group, Progress, train_epochs
@@ -379,7 +380,7 @@ def command_epochs(args: argparse.Namespace, scratch: Path) -> list[dict[str, An
     (scratch / "train.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     command = [sys.executable, "-m", "ray_jobs.train", "--data", args.data, "--out", str(scratch / "run"), "--config", str(scratch / "train.yaml")]
     subprocess.run(command, check=True)
-    _, last = best_and_last(scratch / "run")
+    _, last = best_and_last(locate(scratch / "run"))
     assert last is not None, "the run left no checkpoint"
     shutil.rmtree(scratch / "run")
     return last.progress.history

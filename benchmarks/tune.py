@@ -36,6 +36,7 @@ from sentinode.config import SweepConfig, TrainConfig
 from sentinode.dataset import Patches, PreparedDataset
 from sentinode.finishing import finish_bundle
 from sentinode.ingest import ResidentRows
+from sentinode.locations import locate
 from sentinode.storage import write_json
 
 OVERHEAD_GOAL, STEPS_GOAL, AUC_GOAL = 1.10, 1 / 3, 0.005
@@ -76,7 +77,7 @@ def by_hand(configs: list[TrainConfig], data: Path, out: Path) -> None:
         folder = out / f"{number}"
         folder.mkdir(parents=True)
         write_json(folder / REQUEST_FILE, {"id": "hand"})
-        training = LoneTraining(config, folder, rows, lambda config=config: initial_weights(config), use_gpu=False)  # type: ignore[arg-type, misc]
+        training = LoneTraining(config, locate(folder), "hand", rows, lambda config=config: initial_weights(config), use_gpu=False)  # type: ignore[arg-type, misc]
         while training.next_epoch():
             pass
         training.close()
@@ -84,7 +85,7 @@ def by_hand(configs: list[TrainConfig], data: Path, out: Path) -> None:
         if best is None or value > best[0]:
             best = (value, config, folder)
     assert best is not None
-    kept = best_checkpoint(best[2])
+    kept = best_checkpoint(locate(best[2]))
     assert kept is not None
     finish_bundle(kept[0], rows.val, best[1], dataset.manifest, out / "bundle", name="hand")
 
@@ -165,7 +166,7 @@ def share(data: Path, pairs: int, epochs: int, trials: int) -> bool:
                     folder.mkdir(parents=True)
                     write_json(folder / REQUEST_FILE, {"id": "share"})
                     start = lambda config=config: initial_weights(config)  # noqa: E731
-                    training = LoneTraining(config, folder, rows, start, use_gpu=False, features=scratch / side / "features")  # type: ignore[arg-type]
+                    training = LoneTraining(config, locate(folder), "share", rows, start, use_gpu=False, features=scratch / side / "features")  # type: ignore[arg-type]
                     while training.next_epoch():
                         pass
                     training.close()

@@ -44,7 +44,7 @@ from data_prep.sources.detect import reader_of
 from data_prep.sources.unpack import unpack
 from data_prep.splits import Dealt, deal, deal_folds
 from data_prep.spool import IntArray, Spool, write_whole
-from data_prep.tasks import Progress, run_tasks, what_failed
+from data_prep.tasks import Progress, run_tasks, what_failed, works_elsewhere
 from sentinode.config import PrepareConfig
 from sentinode.dataset import fingerprint
 from sentinode.dataset_checks import check_records
@@ -92,7 +92,7 @@ def prepare(request: PrepareRequest, *, progress: Progress | None = None) -> Pre
         return PrepareResult(out, read_dataset_manifest(out), already_complete=True)
     if not ray.is_initialized():
         raise SentinodeError("Ray does not run; start it with ray.init() before prepare")
-    if request.work_is_private and sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes()) > 1:
+    if request.work_is_private and works_elsewhere():
         raise UsageError("this Ray has several machines: name a folder that all of them see with --work")
     with writing(out, staging):
         # Asked again: another process may have finished it between the first look and the lock.

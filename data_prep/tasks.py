@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,9 +13,28 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sentinode.allocator import keep_freed_memory
 from sentinode.errors import SentinodeError, one_line, root_of
+
+_pinned_to: ContextVar[str | None] = ContextVar("node", default=None)
+
+
+@contextmanager
+def on_this_node() -> Iterator[None]:
+    """Tasks of `run_tasks` run on the machine of this process: their files lie where no other sees them."""
+    token = _pinned_to.set(ray.get_runtime_context().get_node_id())
+    try:
+        yield
+    finally:
+        _pinned_to.reset(token)
+
+
+def works_elsewhere() -> bool:
+    """Tell whether tasks may run on another machine than this process."""
+    here = ray.get_runtime_context().get_node_id()
+    return _pinned_to.get() is None and any(node["Alive"] and node["Resources"].get("CPU") and node["NodeID"] != here for node in ray.nodes())
 
 
 class Progress(Protocol):
@@ -93,6 +113,7 @@ def run_tasks(
             compute=ray.data.TaskPoolStrategy(size=min(workers or len(items), len(items))),
             num_cpus=1,
             fn_kwargs={"function": function, "where": str(where)},
+            **_placement(),
         )
         try:
             for row in dataset.iter_rows():
@@ -108,6 +129,11 @@ def run_tasks(
     if came_back != len(work):
         raise SentinodeError(f"{stage} failed: {came_back} of {len(work)} results came back")
     return results
+
+
+def _placement() -> dict[str, Any]:
+    node = _pinned_to.get()
+    return {} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
 def _call(batch: pa.Table, function: Callable[..., Any], where: str) -> pa.Table:

@@ -6,18 +6,18 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ray_jobs.checkpoints import ABOUT_FILE, FORMAT_VERSION, STATE_FILE, WEIGHTS_FILE, CheckpointError, metrics_of, rank_file, tidy
-from ray_jobs.run_folder import REQUEST_FILE, not_shared
+from ray_jobs.run_folder import problem_with
 from ray_jobs.run_inputs import Ingest
+from ray_jobs.store_file_system import storage_of
 from sentinode.config import TrainConfig
-from sentinode.errors import one_line
+from sentinode.errors import StorageError, one_line
 from sentinode.learner import Learner
-from sentinode.storage import temporary_name
+from sentinode.locations import Location
 from sentinode.training import Progress
 
 
@@ -41,8 +41,10 @@ class CheckpointWriter:
 
     Parameters
     ----------
-    folder : Path
+    folder : Location
         The run's, the same for every worker.
+    run_id : str
+        Of its request: nothing is written where another one stands there.
     config : TrainConfig
     ingest : str
         How rows are read.
@@ -51,8 +53,8 @@ class CheckpointWriter:
         Of the checkpoint that the run goes on from, 0 for none.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, ingest: Ingest, rank: int, world_size: int, number: int) -> None:
-        self._folder = folder
+    def __init__(self, folder: Location, run_id: str, config: TrainConfig, ingest: Ingest, rank: int, world_size: int, number: int) -> None:
+        self._folder, self._run_id = folder, run_id
         self._numbered = _Numbered(config, ingest, rank, world_size, number)
         self._written = threading.Event()
         self._written.set()
@@ -78,7 +80,7 @@ class CheckpointWriter:
         ray.train.report(
             metrics_of(progress, self._numbered.number),
             # Stands for the copy in memory, which is not a folder.
-            checkpoint=ray.train.Checkpoint.from_directory(self._folder),
+            checkpoint=_registered(self._folder),
             checkpoint_dir_name=name,  # rank 0's holds for all
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=False,
@@ -89,17 +91,15 @@ class CheckpointWriter:
         content: list[_Copy] = [copy]
 
         def upload(_: Any, name: str) -> Any:
-            import ray.train
-
             try:
                 # Taken out: Ray keeps this function until its turn comes, and the copy must not stay in memory that long.
-                content.pop().write(self._folder, self._folder / name)
+                content.pop().write(self._folder, self._run_id, self._folder / name)
             except CheckpointError as error:
                 self._error = error
                 raise
             finally:
                 self._written.set()
-            return ray.train.Checkpoint.from_directory(self._folder / name)
+            return _registered(self._folder / name)
 
         return upload
 
@@ -109,8 +109,10 @@ class LoneCheckpointWriter:
 
     Parameters
     ----------
-    folder : Path
+    folder : Location
         The run's.
+    run_id : str
+        Of its request.
     config : TrainConfig
     ingest : str
         How rows are read.
@@ -118,8 +120,8 @@ class LoneCheckpointWriter:
         Of the checkpoint that the run goes on from, 0 for none.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, ingest: Ingest, number: int) -> None:
-        self._folder = folder
+    def __init__(self, folder: Location, run_id: str, config: TrainConfig, ingest: Ingest, number: int) -> None:
+        self._folder, self._run_id = folder, run_id
         self._numbered = _Numbered(config, ingest, 0, 1, number)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -146,9 +148,9 @@ class LoneCheckpointWriter:
         if self._error is not None:
             raise self._error
 
-    def _write(self, copy: "_Copy", path: Path) -> None:
+    def _write(self, copy: "_Copy", path: Location) -> None:
         try:
-            copy.write(self._folder, path)
+            copy.write(self._folder, self._run_id, path)
             tidy(self._folder)
         except Exception as error:
             self._error = error
@@ -176,8 +178,8 @@ class _Copy:
         weights = {name: torch.empty(value.shape, dtype=value.dtype).copy_(value) for name, value in learner.kept.state_dict().items()}
         return cls(rank, random, weights, _copied(learner.state()), about)
 
-    def write(self, run: Path, folder: Path) -> None:
-        """Write the files of this worker; each gets its name when it is on the disk.
+    def write(self, run: Location, run_id: str, folder: Location) -> None:
+        """Write the files of this worker; each gets its name when it is whole.
 
         Raises
         ------
@@ -186,12 +188,11 @@ class _Copy:
         """
         from safetensors.torch import save
 
-        # Looked at when training began; what was mounted there may have gone since.
-        if not (run / REQUEST_FILE).exists():
-            raise CheckpointError(not_shared(run))
-        written: list[Path] = []
+        written: list[Location] = []
         try:
-            folder.mkdir(exist_ok=True)
+            # Looked at when training began; what was mounted there may have gone since, or another process may have the run.
+            if problem := problem_with(run, run_id):
+                raise CheckpointError(problem)
             if self.weights is not None:
                 # Whole in memory first: the libraries' own ways to a file lose what the operating system says when a disk is full.
                 _write(folder / WEIGHTS_FILE, save(self.weights), written)
@@ -199,21 +200,26 @@ class _Copy:
             _write(folder / rank_file(self.rank), _serialised(self.random), written)
             if self.about is not None:
                 _write(folder / ABOUT_FILE, json.dumps(self.about, indent=2, allow_nan=False).encode(), written)
+        except StorageError as error:
+            raise CheckpointError(str(error)) from error
         except OSError as error:
             for path in written:
-                path.unlink(missing_ok=True)
+                path.remove()
             reason = error.strerror or one_line(error)
             raise CheckpointError(f"{run}: a checkpoint cannot be written ({reason}); make room there and repeat the command") from error
 
 
-def _write(path: Path, data: bytes, written: list[Path]) -> None:
-    temporary = temporary_name(path)
-    written += [temporary, path]
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _write(path: Location, data: bytes, written: list[Location]) -> None:
+    written.append(path)
+    path.write_bytes(data)
+
+
+def _registered(folder: Location) -> Any:
+    """Return a folder as Ray Train takes it."""
+    import ray.train
+
+    files, path = storage_of(folder)
+    return ray.train.Checkpoint.from_directory(path) if files is None else ray.train.Checkpoint(path, files)
 
 
 def _serialised(content: Any) -> bytes:

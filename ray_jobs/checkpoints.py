@@ -13,7 +13,7 @@ the disk before it gets its name. Ray Train registers checkpoints and removes th
 import json
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
+from io import BytesIO
 from typing import Any
 
 import ray
@@ -23,7 +23,8 @@ from ray_jobs.run_folder import unwritable
 from ray_jobs.run_inputs import Ingest
 from sentinode.errors import TrainingError, UsageError
 from sentinode.learner import Learner
-from sentinode.storage import remove_any, write_json
+from sentinode.locations import Location
+from sentinode.storage import json_bytes
 from sentinode.training import Progress
 
 WEIGHTS_FILE = "model.safetensors"
@@ -46,7 +47,7 @@ class Saved:
 
     Attributes
     ----------
-    path : Path
+    path : Location
     number : int
         Rises by one with each checkpoint of a run.
     world_size : int
@@ -60,7 +61,7 @@ class Saved:
         Whether it is what is left of a run that nobody goes on with.
     """
 
-    path: Path
+    path: Location
     number: int
     world_size: int
     ingest: Ingest
@@ -69,7 +70,7 @@ class Saved:
     is_weights_only: bool = False
 
     @classmethod
-    def open(cls, path: Path) -> "Saved | None":
+    def open(cls, path: Location) -> "Saved | None":
         """Return the checkpoint in a folder, None if it is not whole.
 
         Raises
@@ -78,7 +79,8 @@ class Saved:
             Another version of this program made it.
         """
         try:
-            about = json.loads((path / ABOUT_FILE).read_text(encoding="utf-8"))
+            about = json.loads((path / ABOUT_FILE).read_bytes().decode())
+            names = {entry.name for entry in path.entries()}
         except (OSError, ValueError):
             return None
         if about.get("format_version") != FORMAT_VERSION or "device" not in about:
@@ -87,7 +89,7 @@ class Saved:
         progress, weights_only = Progress(**about["progress"]), bool(about.get("weights_only"))
         saved = cls(path, about["number"], about["world_size"], about["ingest"], about["device"], progress, weights_only)
         files = [WEIGHTS_FILE] if weights_only else [WEIGHTS_FILE, STATE_FILE, *map(rank_file, range(saved.world_size))]
-        return saved if all((path / name).exists() for name in files) else None
+        return saved if names.issuperset(files) else None
 
     @property
     def where(self) -> str:
@@ -99,9 +101,9 @@ class Saved:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Read the weights, on the CPU."""
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
-        return load_file(self.path / WEIGHTS_FILE)
+        return load((self.path / WEIGHTS_FILE).read_bytes())
 
     def metrics(self) -> dict[str, Any]:
         """Return what Ray is told about the checkpoint."""
@@ -118,13 +120,22 @@ def metrics_of(progress: Progress, number: int) -> dict[str, Any]:
     return {name: value for name, value in last.items() if value is not None} | about
 
 
-def saved_checkpoints(folder: Path) -> list[Saved]:
+def checkpoint_folders(folder: Location) -> list[Location]:
+    """Return the folders of all checkpoints of a run, whole or not."""
+    try:
+        entries = folder.entries()
+    except FileNotFoundError:
+        return []
+    return [folder / entry.name for entry in entries if entry.is_dir and entry.name.startswith("checkpoint_")]
+
+
+def saved_checkpoints(folder: Location) -> list[Saved]:
     """Return the whole checkpoints of a run, oldest first."""
-    found = [saved for path in folder.glob("checkpoint_*/") if (saved := Saved.open(path)) is not None]
+    found = [saved for path in checkpoint_folders(folder) if (saved := Saved.open(path)) is not None]
     return sorted(found, key=lambda saved: (saved.number, saved.path.name))
 
 
-def best_and_last(folder: Path) -> tuple[Saved | None, Saved | None]:
+def best_and_last(folder: Location) -> tuple[Saved | None, Saved | None]:
     """Return the checkpoint of the best epoch so far and the newest one; often the same.
 
     Raises
@@ -144,7 +155,7 @@ def best_and_last(folder: Path) -> tuple[Saved | None, Saved | None]:
     return best, last
 
 
-def last_good(folder: Path) -> Saved | None:
+def last_good(folder: Location) -> Saved | None:
     """Return the newest checkpoint whose weights are all finite."""
     for saved in reversed(saved_checkpoints(folder)):
         if all(bool(torch.isfinite(value).all()) for value in saved.weights().values() if value.is_floating_point()):
@@ -152,7 +163,7 @@ def last_good(folder: Path) -> Saved | None:
     return None
 
 
-def tidy(folder: Path) -> None:
+def tidy(folder: Location) -> None:
     """Keep the best and the newest checkpoint of a run that nobody writes now, remove what else a killed one left, and tell Ray Train about the two.
 
     Raises
@@ -166,12 +177,12 @@ def tidy(folder: Path) -> None:
     """
     best, last = best_and_last(folder)
     kept = [saved for saved in (best, last if last is not best else None) if saved is not None]
-    for path in folder.glob("checkpoint_*/"):
+    for path in checkpoint_folders(folder):
         if path not in [saved.path for saved in kept]:
             _remove(path)
     snapshot = folder / _SNAPSHOT_FILE
     if last is None:
-        snapshot.unlink(missing_ok=True)
+        snapshot.remove()
         return
     # Ray sorts by score, ties by age.
     kept.sort(key=lambda saved: (saved.progress.improvement, saved.number))
@@ -189,28 +200,28 @@ def tidy(folder: Path) -> None:
         "failed_validation_checkpoint_dir_names": [],
     }
     try:
-        write_json(snapshot, notes)
+        snapshot.write_bytes(json_bytes(notes))
     except OSError as error:
         raise unwritable(folder, error) from error
 
 
-def is_settled(folder: Path, epochs: int) -> bool:
+def is_settled(folder: Location, epochs: int) -> bool:
     """Whether the checkpoint after so many epochs is on the disk and `tidy` has gone over it, so that whoever wrote it touches nothing any more."""
     try:
-        noted = json.loads((folder / _SNAPSHOT_FILE).read_text(encoding="utf-8"))["latest_checkpoint_result"]["checkpoint_dir_name"]
+        noted = json.loads((folder / _SNAPSHOT_FILE).read_bytes().decode())["latest_checkpoint_result"]["checkpoint_dir_name"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     _, last = best_and_last(folder)
     return last is not None and (last.is_weights_only or (noted == last.path.name and len(last.progress.history) >= epochs))
 
 
-def epochs_saved(folder: Path) -> int:
+def epochs_saved(folder: Location) -> int:
     """Return how many epochs the newest checkpoint of a run knows of."""
     _, last = best_and_last(folder)
     return 0 if last is None else len(last.progress.history)
 
 
-def keep_weights_only(folder: Path) -> None:
+def keep_weights_only(folder: Location) -> None:
     """Leave of a run that is settled, and that nobody goes on with, the weights of its best epoch: a third of one checkpoint.
 
     Raises
@@ -221,20 +232,21 @@ def keep_weights_only(folder: Path) -> None:
     best, _ = best_and_last(folder)
     if best is None:
         return
-    about = json.loads((best.path / ABOUT_FILE).read_text(encoding="utf-8"))
+    about = json.loads((best.path / ABOUT_FILE).read_bytes().decode())
     # Its history is that of the best epoch; what came after stands in the sweep's journal.
     try:
-        write_json(best.path / ABOUT_FILE, about | {"weights_only": True})
-        for path in [best.path / STATE_FILE, *best.path.glob("rank*.pt")]:
-            path.unlink(missing_ok=True)
+        (best.path / ABOUT_FILE).write_bytes(json_bytes(about | {"weights_only": True}))
+        for entry in best.path.entries():
+            if entry.name not in (ABOUT_FILE, WEIGHTS_FILE):
+                (best.path / entry.name).remove()
     except OSError as error:
         raise unwritable(folder, error) from error
-    for path in folder.glob("checkpoint_*/"):
+    for path in checkpoint_folders(folder):
         if path != best.path:
             _remove(path)
 
 
-def remove_newer(folder: Path, number: int) -> None:
+def remove_newer(folder: Location, number: int) -> None:
     """Remove what an attempt that failed has written after checkpoint `number`, which the run goes on from.
 
     Raises
@@ -242,26 +254,28 @@ def remove_newer(folder: Path, number: int) -> None:
     UsageError
         It cannot be removed.
     """
-    for path in folder.glob("checkpoint_*/"):
+    for path in checkpoint_folders(folder):
         if not path.name.split("_")[1].isdigit() or int(path.name.split("_")[1]) > number:
             _remove(path)
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Location) -> None:
     """Remove a checkpoint so that it no longer counts from the first moment on: killed in the middle, it must not be taken for the newest one."""
     try:
-        (path / ABOUT_FILE).unlink(missing_ok=True)
+        (path / ABOUT_FILE).remove()
+        path.remove_tree()
     except OSError as error:
         raise unwritable(path, error) from error
-    remove_any(path)
 
 
-def lacking_room(folder: Path, learner: Learner) -> str | None:
-    """Return a line for people where the file system has no room for one more checkpoint, None where it has."""
-    usage = shutil.disk_usage(folder)
+def lacking_room(folder: Location, learner: Learner) -> str | None:
+    """Return a line for people where the file system has no room for one more checkpoint, None where it has; an object store always has."""
+    if not folder.is_local:
+        return None
+    usage = shutil.disk_usage(folder.local)
     saved = saved_checkpoints(folder)
     if saved:
-        needed = _ROOM_MARGIN * sum(path.stat().st_size for path in saved[-1].path.iterdir())
+        needed = _ROOM_MARGIN * sum(entry.size for entry in saved[-1].path.entries())
     else:
         # The weights, and two moments for each of those that train (Adam's).
         needed = sum(value.nbytes * (3 if value.requires_grad else 1) for value in learner.model.parameters())
@@ -272,15 +286,18 @@ def lacking_room(folder: Path, learner: Learner) -> str | None:
 
 def restore(learner: Learner, saved: Saved, rank: int) -> None:
     """Bring a learner, and the random numbers of this worker, to where the checkpoint was taken."""
-    state = torch.load(saved.path / STATE_FILE, map_location="cpu", weights_only=True)
-    learner.restore(saved.weights(), state)
-    path = saved.path / rank_file(rank)
-    if not path.exists():  # the group has grown
+    learner.restore(saved.weights(), _tensors((saved.path / STATE_FILE).read_bytes()))
+    try:
+        random = _tensors((saved.path / rank_file(rank)).read_bytes())
+    except FileNotFoundError:  # the group has grown
         return
-    random = torch.load(path, map_location="cpu", weights_only=True)
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and learner.device.type == "cuda":
         torch.cuda.set_rng_state(random["cuda"], learner.device)
+
+
+def _tensors(data: bytes) -> Any:
+    return torch.load(BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def rank_file(rank: int) -> str:

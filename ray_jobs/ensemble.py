@@ -27,9 +27,9 @@ from sentinode.dataset import PreparedDataset
 from sentinode.ensemble import CalibrationPlan, calibration_plan, check_members, mean_logits
 from sentinode.errors import SentinodeError, UsageError
 from sentinode.finishing import Looks, fit
+from sentinode.locations import locate
 from sentinode.manifests import CALIBRATION_MEANING, ShardRecord
 from sentinode.predictor import Predictor
-from sentinode.storage import local_path
 from sentinode.tissue import is_pale
 
 
@@ -45,12 +45,12 @@ def ensemble(config: EnsembleConfig, bundles: Sequence[str | Path], data: str | 
     SentinodeError
         A member's outputs are not finite.
     """
-    members, dataset, target = [Bundle.open(path) for path in bundles], PreparedDataset.open(data), local_path(out)
+    members, dataset, target = [Bundle.open(path) for path in bundles], PreparedDataset.open(data), locate(out)
     check_members(members)
     check_replaceable(target)
     for member in members:
-        if target == member.path or target in member.path.parents or member.path in target.parents:
-            raise UsageError(f"{target}: the ensemble would replace its member {member.path}, or lie in it; use another --out")
+        if f"{target}/".startswith(f"{member.where}/") or f"{member.where}/".startswith(f"{target}/"):
+            raise UsageError(f"{target}: the ensemble would replace its member {member.where}, or lie in it; use another --out")
     if dataset.manifest.patch_size_px != members[0].manifest.patch_size_px:
         sizes = f"holds patches of {dataset.manifest.patch_size_px} px; the bundles accept {members[0].manifest.patch_size_px} px"
         raise UsageError(f"{dataset.path} {sizes}")
@@ -89,12 +89,12 @@ def _answers(member: Bundle, number: int, dataset: PreparedDataset, plan: Calibr
     units = [unit for unit, mask in enumerate(masks) if mask.any()]
     wanted, doing = int(plan.judges[number].sum()), f"member {number:02d}"
     work = partial(_judge_shard, dataset, plan.shards, [int(end) - shard.rows for end, shard in zip(ends, plan.shards, strict=True)], masks, config)
-    table = run_units(member.path, units, work, config, "ensemble", lambda done: say(f"{doing}: {done}/{wanted} patches"))
+    table = run_units(member, units, work, config, "ensemble", lambda done: say(f"{doing}: {done}/{wanted} patches"))
     found = _Answers(table)
     if len(found.rows) != wanted or len(np.unique(found.rows)) != wanted:
         raise SentinodeError(f"{doing}: {len(found.rows)} answers for {wanted} rows")
     if not np.isfinite(found.logits).all():
-        raise SentinodeError(f"{member.path}: its outputs are not finite for some patches; nothing was written")
+        raise SentinodeError(f"{member.where}: its outputs are not finite for some patches; nothing was written")
     return found
 
 
@@ -148,13 +148,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         say(f"note: {note}")
     say(
         f"{CALIBRATION_MEANING[manifest.calibration_rows]}\n"
-        f"bundle: {bundle.path}\n"
+        f"bundle: {bundle.where}\n"
         f"{len(manifest.members)} members; ROC-AUC {metrics['roc_auc']:.4f} on {metrics['rows']} rows; threshold {manifest.threshold:.4f} "
         f"(recall {metrics['recall']:.4f}; its lower 95 % bound {rule.bound:.4f} {'reaches' if rule.reached else 'does not reach'} "
         f"the target {rule.target_recall})"
     )
     return {
-        "bundle": str(bundle.path),
+        "bundle": str(bundle.where),
         "digest": manifest.digest,
         "members": manifest.members,
         "calibration_rows": manifest.calibration_rows,

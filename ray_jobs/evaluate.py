@@ -9,6 +9,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -35,13 +36,14 @@ from sentinode.explain import overlay
 from sentinode.images import UInt8Array
 from sentinode.inference import VIEWS
 from sentinode.intervals import operating_point, score_metrics
+from sentinode.locations import Location, locate
 from sentinode.manifests import CALIBRATION_MEANING, LEAK_MEANING, REPORT_FORMAT_VERSION, Comparison, Confusion, EvaluationReport
 from sentinode.metrics import IntArray
 from sentinode.pages import data_uri
 from sentinode.predictor import Predictor
 from sentinode.probability import calibrated_logit, calibrated_probability
 from sentinode.robustness import CHANGES, answers, is_chosen
-from sentinode.storage import exclusive, local_path, publish, staging_path, write_json, write_text_atomic
+from sentinode.storage import exclusive, json_bytes, publish, staging_path, write_json, write_text_atomic
 from sentinode.tissue import is_pale, tissue_fraction
 from sentinode.versions import git_commit, library_versions
 
@@ -50,7 +52,7 @@ from sentinode.versions import git_commit, library_versions
 class EvaluateResult:
     """Where the report lies, and the report."""
 
-    path: Path
+    path: Location
     report: EvaluationReport
 
 
@@ -66,7 +68,7 @@ def evaluate(
     UsageError
         The split is empty or unlabelled, its patches have another size than a bundle accepts, or `out` holds something else.
     """
-    model, dataset, target = Bundle.open(bundle), PreparedDataset.open(data), local_path(out)
+    model, dataset, target = Bundle.open(bundle), PreparedDataset.open(data), locate(out)
     other = Bundle.open(against) if against is not None else None
     # Raises where there is no such split, or nothing in it.
     dataset.shards(config.split)
@@ -77,28 +79,45 @@ def evaluate(
     counts = dataset.manifest.counts[config.split]
     if counts.unlabelled:
         raise UsageError(f"{dataset.path}: {counts.unlabelled} rows of split {config.split} have no label; predict needs none")
-    if target.exists() and not (target / "report.json").exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"{target} exists and is not a report; use another --out")
-    with exclusive(target), connected(config.workers * config.cpus_per_worker, verbose=verbose):
+    _check_replaceable(target)
+    with exclusive(target.local) if target.is_local else nullcontext(), connected(config.workers * config.cpus_per_worker, verbose=verbose):
         rows, engine = _rows_of(model, dataset, config, "evaluate", min(1.0, config.robustness_rows / max(counts.rows, 1)))
         theirs = _rows_of(other, dataset, config, "compare", 0.0) if other else None
         report = make_report(rows, engine, model, dataset, config)
         if other and theirs:
             report = with_comparison(report, rows, model, theirs[0], theirs[1], other, config)
-        staging = staging_path(target)
+        _publish(report, render(report, pictures(rows, model, dataset, config)), target)
+    return EvaluateResult(target, report)
+
+
+def _check_replaceable(target: Location) -> None:
+    """Raise UsageError where something else than a report, or an empty folder, stands at `target`."""
+    if (target / "report.json").exists() or not target.exists():
+        return
+    if not target.is_dir() or target.entries():
+        raise UsageError(f"{target} exists and is not a report; use another --out")
+
+
+def _publish(report: EvaluationReport, page: str, target: Location) -> None:
+    """Write the report to its place; an older one is replaced."""
+    if target.is_local:
+        staging = staging_path(target.local)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        write_text_atomic(staging / "report.html", render(report, pictures(rows, model, dataset, config)))
+        write_text_atomic(staging / "report.html", page)
         write_json(staging / "report.json", report.model_dump(mode="json"))
-        publish(staging, target)
-    return EvaluateResult(target, report)
+        publish(staging, target.local)
+        return
+    (target / "report.json").remove()
+    (target / "report.html").write_bytes(page.encode())
+    (target / "report.json").write_bytes(json_bytes(report.model_dump(mode="json")))
 
 
 def _rows_of(bundle: Bundle, dataset: PreparedDataset, config: EvaluateConfig, doing: str, changed_share: float) -> tuple[EvaluatedRows, str]:
     """Run a bundle over the split; return its rows by id, and the engine."""
     shards, expected = dataset.shards(config.split), dataset.manifest.counts[config.split].rows
     work = partial(_classify_shard, dataset, config, changed_share)
-    table = run_units(bundle.path, range(len(shards)), work, config, doing, lambda done: say(f"{doing}: {done}/{expected} patches"))
+    table = run_units(bundle, range(len(shards)), work, config, doing, lambda done: say(f"{doing}: {done}/{expected} patches"))
     _check_rows(table, bundle, dataset, config.split)
     index = dataset.index_of(shards, ["id", "slide", "centre"])
     # Shards may have come back in any order: by id, like the rows.
@@ -152,7 +171,7 @@ def _check_rows(table: pa.Table, bundle: Bundle, dataset: PreparedDataset, split
         raise ManifestError(f"{dataset.path}: {table.num_rows} rows with {unique} ids were read from split {split}; dataset.json says {expected}")
     wrong = int((~np.isfinite(table["logit"].to_numpy())).sum())
     if wrong:
-        raise SentinodeError(f"{bundle.path}: its outputs are not finite for {wrong} of {expected} patches; no report was written")
+        raise SentinodeError(f"{bundle.where}: its outputs are not finite for {wrong} of {expected} patches; no report was written")
 
 
 def make_report(rows: EvaluatedRows, engine: str, bundle: Bundle, dataset: PreparedDataset, config: EvaluateConfig) -> EvaluationReport:
@@ -299,7 +318,7 @@ def _pixels(dataset: PreparedDataset, split: str, ids: list[str]) -> dict[str, U
 def _about(bundle: Bundle, engine: str) -> dict[str, Any]:
     manifest = bundle.manifest
     names = {"name": manifest.name, "version": manifest.version, "digest": manifest.digest, "arch": manifest.arch}
-    return {"path": str(bundle.path), **names, "engine": engine}
+    return {"path": str(bundle.where), **names, "engine": engine}
 
 
 def _published(dataset: PreparedDataset, split: str, area: float | None, f1: float | None) -> list[str]:

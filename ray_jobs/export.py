@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,15 @@ from sentinode.bundle import Bundle
 from sentinode.config import ExportConfig
 from sentinode.dataset import Patches, PreparedDataset
 from sentinode.engine_export import FloatArray, engine_logits, engine_probabilities, times_in_turns, write_engine
-from sentinode.engines import ENGINES, TORCH, Run, engine_folder, engine_run
+from sentinode.engines import ENGINES, TORCH, Run, engine_run
 from sentinode.errors import SentinodeError, UsageError
 from sentinode.images import UInt8Array
+from sentinode.locations import Location
 from sentinode.manifests import ENGINE_FORMAT_VERSION, BundleManifest, EngineManifest, read_bundle_manifest
 from sentinode.metrics import roc_auc
 from sentinode.predictor import load_network
-from sentinode.storage import exclusive, publish, sha256_file, staging_path, write_json
+from sentinode.publishing import upload_folder
+from sentinode.storage import exclusive, publish, sha256_file, staging_path, temporary_folder, write_json
 from sentinode.versions import cpu_name, git_commit, library_versions
 
 
@@ -43,7 +46,7 @@ class DeviationError(SentinodeError):
 class ExportResult:
     """Where the engine lies, and its manifest."""
 
-    path: Path
+    path: Location
     manifest: EngineManifest
 
 
@@ -74,7 +77,7 @@ def export(config: ExportConfig, bundle: str | Path, data: str | Path, engine: s
     model, dataset = Bundle.open(bundle), PreparedDataset.open(data)
     manifest, kind = model.manifest, ENGINES[engine]
     if manifest.members:
-        raise UsageError(f"{model.path}: an ensemble; export each member before combining them")
+        raise UsageError(f"{model.where}: an ensemble; export each member before combining them")
     if dataset.manifest.patch_size_px != manifest.patch_size_px:
         sizes = f"holds patches of {dataset.manifest.patch_size_px} px; the bundle accepts {manifest.patch_size_px} px"
         raise UsageError(f"{dataset.path} {sizes}")
@@ -85,50 +88,70 @@ def export(config: ExportConfig, bundle: str | Path, data: str | Path, engine: s
     rows = _evenly(dataset.read_val(fold), config.validation_rows)
     calibration = _training_pixels(dataset, fold, 0 if kind.is_exact else config.calibration_rows)
     network = load_network(model)
-    target = engine_folder(model, engine)
-    with exclusive(target):
-        staging = staging_path(target)
+    target = model.where / "engines" / engine
+    with _staging_for(target) as staging:
+        write_engine(engine, network, manifest, staging, calibration)
+        files = {name: (staging / name).read_bytes() for name in kind.files}
+        ours, torchs = _compare(engine_run(engine, files), network, manifest, rows.images, config.batch_size)
+        deviation = float(np.abs(ours - torchs).max())
+        if not deviation <= kind.limit:  # NaN is not
+            raise DeviationError(
+                f"engine {engine}: a probability deviates from torch's by {deviation:.3g} on {len(rows)} validation rows, "
+                f"more than {kind.limit:g}; nothing was published"
+            )
+        rates = _images_per_second(engine, files, network, manifest, rows.images, config)
+        result = EngineManifest(
+            format_version=ENGINE_FORMAT_VERSION,
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            engine=engine,
+            bundle_digest=manifest.digest,
+            files={name: sha256_file(staging / name) for name in kind.files},
+            data_fingerprint=dataset.manifest.fingerprint,
+            validation_rows=len(rows),
+            largest_deviation=deviation,
+            roc_auc=roc_auc(rows.labels, ours),
+            torch_roc_auc=roc_auc(rows.labels, torchs),
+            calibration_rows=len(calibration),
+            device="cpu",
+            device_name=cpu_name(),
+            threads=config.timing_threads,
+            batch_size=config.timing_batch_size,
+            images_per_second=rates[engine],
+            torch_images_per_second=rates[TORCH],
+            library_versions=library_versions(),
+            git_commit=git_commit(),
+        )
+        write_json(staging / "engine.json", result.model_dump(mode="json"))
+        if read_bundle_manifest(model.where).digest != manifest.digest:
+            raise UsageError(f"{model.where}: was replaced by another bundle meanwhile; run the same command again")
+        _publish(staging, target)
+    return ExportResult(target, result)
+
+
+@contextmanager
+def _staging_for(target: Location) -> Iterator[Path]:
+    """Yield an empty folder to make an engine in; nobody else makes one in a local `target` meanwhile."""
+    if not target.is_local:
+        with TemporaryDirectory(prefix="engine-", dir=temporary_folder()) as name:
+            yield Path(name)
+        return
+    with exclusive(target.local):
+        staging = staging_path(target.local)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         try:
-            write_engine(engine, network, manifest, staging, calibration)
-            files = {name: (staging / name).read_bytes() for name in kind.files}
-            ours, torchs = _compare(engine_run(engine, files), network, manifest, rows.images, config.batch_size)
-            deviation = float(np.abs(ours - torchs).max())
-            if not deviation <= kind.limit:  # NaN is not
-                raise DeviationError(
-                    f"engine {engine}: a probability deviates from torch's by {deviation:.3g} on {len(rows)} validation rows, "
-                    f"more than {kind.limit:g}; nothing was published"
-                )
-            rates = _images_per_second(engine, files, network, manifest, rows.images, config)
-            result = EngineManifest(
-                format_version=ENGINE_FORMAT_VERSION,
-                created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-                engine=engine,
-                bundle_digest=manifest.digest,
-                files={name: sha256_file(staging / name) for name in kind.files},
-                data_fingerprint=dataset.manifest.fingerprint,
-                validation_rows=len(rows),
-                largest_deviation=deviation,
-                roc_auc=roc_auc(rows.labels, ours),
-                torch_roc_auc=roc_auc(rows.labels, torchs),
-                calibration_rows=len(calibration),
-                device="cpu",
-                device_name=cpu_name(),
-                threads=config.timing_threads,
-                batch_size=config.timing_batch_size,
-                images_per_second=rates[engine],
-                torch_images_per_second=rates[TORCH],
-                library_versions=library_versions(),
-                git_commit=git_commit(),
-            )
-            write_json(staging / "engine.json", result.model_dump(mode="json"))
-            if read_bundle_manifest(model.path).digest != manifest.digest:
-                raise UsageError(f"{model.path}: was replaced by another bundle meanwhile; run the same command again")
-            publish(staging, target)
+            yield staging
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    return ExportResult(target, result)
+
+
+def _publish(staging: Path, target: Location) -> None:
+    if target.is_local:
+        publish(staging, target.local)
+        return
+    # Without its manifest an engine in an object store does not count (`bundle_copies`).
+    (target / "engine.json").remove()
+    upload_folder(staging, target, "engine.json")
 
 
 def _evenly(patches: Patches, rows: int | None) -> Patches:

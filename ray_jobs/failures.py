@@ -1,13 +1,12 @@
 """One line for what Ray raises when a run or a task of ours fails."""
 
-from pathlib import Path
-
 import ray
 
 from sentinode.errors import SentinodeError, TrainingError, one_line, root_of
+from sentinode.locations import Location
 
 
-def training_error(error: Exception, folder: Path) -> SentinodeError:
+def training_error(error: Exception, folder: Location) -> SentinodeError:
     """Turn what Ray Train raises into one line; an error of our own inside a worker comes back as itself."""
     failures = getattr(error, "worker_failures", None) or {}
     controller = getattr(error, "controller_failure", None)

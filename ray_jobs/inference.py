@@ -5,7 +5,6 @@ store, and the same unit gives the same numbers whichever actor gets it.
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -64,7 +63,7 @@ def _to_bytes(table: pa.Table) -> bytes:
 
 
 def run_units(
-    bundle: Path,
+    bundle: Bundle,
     units: Sequence[int],
     work: Work,
     config: EvaluateConfig | PredictConfig | EnsembleConfig,
@@ -90,7 +89,7 @@ def run_units(
     check_capacity(Need(workers, config.cpus_per_worker, int(use_gpu)), verb)
     device = "cuda" if use_gpu else "cpu"
     # Chosen here, once: actors on nodes that differ would each choose their own, and the rows would come from several engines.
-    engine = choose_engine(Bundle.open(bundle), config.engine, device)
+    engine = choose_engine(bundle, config.engine, device)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -100,7 +99,7 @@ def run_units(
     source = ray.data.from_arrow([pa.table({"unit": [unit]}) for unit in units])
     results = source.map_batches(
         BundleActor,
-        fn_constructor_args=(str(bundle), engine, device, config.cpus_per_worker, work),
+        fn_constructor_args=(str(bundle.where), engine, device, config.cpus_per_worker, work),
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=workers),

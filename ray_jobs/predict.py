@@ -15,8 +15,8 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -35,10 +35,10 @@ from sentinode import RESEARCH_USE_NOTICE, __version__
 from sentinode.bundle import Bundle
 from sentinode.config import PredictConfig
 from sentinode.engines import choose_engine
-from sentinode.errors import ManifestError, SentinodeError, UsageError
-from sentinode.locations import Location
+from sentinode.errors import ManifestError, SentinodeError, StorageError, UsageError
+from sentinode.locations import Location, locate
 from sentinode.manifests import PREDICTIONS_FORMAT_VERSION, PredictionsManifest, read_predictions_manifest
-from sentinode.storage import canonical_json, exclusive, local_path, publish, sha256_file, staging_path, temporary_name, write_json, write_text_atomic
+from sentinode.storage import canonical_json, exclusive, json_bytes, publish, sha256_file, staging_path, temporary_name
 from sentinode.versions import git_commit, library_versions
 
 __all__ = ["PREDICTION_SCHEMA", "PredictResult", "main", "predict", "write_submission"]
@@ -54,7 +54,7 @@ class PredictResult:
 
     Attributes
     ----------
-    path : Path
+    path : Location
     manifest : PredictionsManifest
     already_complete : bool
         They were there, and nothing was done.
@@ -64,7 +64,7 @@ class PredictResult:
         From the beginning of this run's first part to the end of its last: without the start of Ray and of the network. 0 where nothing was done.
     """
 
-    path: Path
+    path: Location
     manifest: PredictionsManifest
     already_complete: bool = False
     predicted: int = 0
@@ -85,8 +85,10 @@ def predict(config: PredictConfig, bundle: str | Path, source: str | Path | Loca
     SentinodeError
         The work failed, e.g. the network's answer is not a number. Nothing was published.
     """
-    model, target = Bundle.open(bundle), local_path(out)
-    if target.exists() and not (target / "_manifest.json").is_file():
+    model, target = Bundle.open(bundle), locate(out)
+    if not target.name:
+        raise UsageError(f"{target}: name a folder in the bucket")
+    if target.exists() and not (target / "_manifest.json").exists() and (target.is_local or not Work.in_store(target).plan.exists()):
         raise UsageError(f"{target} exists; remove it or use another --out")
     inputs = open_inputs(source if isinstance(source, Location) else str(source))
     accepted = model.manifest.patch_size_px
@@ -94,15 +96,14 @@ def predict(config: PredictConfig, bundle: str | Path, source: str | Path | Loca
         raise UsageError(f"{inputs.where} holds patches of {inputs.patch_size_px} px; the bundle accepts {accepted} px")
     plan = _plan(config, model, inputs)
     key = hashlib.sha256(canonical_json(plan)).hexdigest()
-    staging = staging_path(target)
     if (manifest := _finished(target, key)) is not None:
-        _clear_up(target, staging)
+        _clear_up(target)
         return PredictResult(target, manifest, already_complete=True)
-    with exclusive(target):
+    with exclusive(target.local) if target.is_local else nullcontext():
         if (manifest := _finished(target, key)) is not None:  # another process may have finished it since
             return PredictResult(target, manifest, already_complete=True)
         with connected(config.workers * config.cpus_per_worker, verbose=verbose):
-            work = _open_work(staging, key, plan, inputs, config)
+            work = (_open_work_on_disk if target.is_local else _open_work_in_store)(target, key, plan, inputs, config)
             notes, predicted, seconds = _predict_parts(work, model, inputs, config)
         rows = sum(note.part.rows for note in notes)
         if rows != len(inputs):
@@ -126,9 +127,7 @@ def predict(config: PredictConfig, bundle: str | Path, source: str | Path | Loca
             library_versions=library_versions(),
             git_commit=git_commit(),
         )
-        write_json(work.data / "_manifest.json", manifest.model_dump(mode="json"))
-        publish(work.data, target)
-        shutil.rmtree(staging, ignore_errors=True)
+        _publish(work, manifest, target)
     return PredictResult(target, manifest, predicted=predicted, seconds=seconds)
 
 
@@ -148,7 +147,7 @@ def _plan(config: PredictConfig, model: Bundle, inputs: Inputs) -> dict[str, Any
     }
 
 
-def _finished(target: Path, key: str) -> PredictionsManifest | None:
+def _finished(target: Location, key: str) -> PredictionsManifest | None:
     """Return the manifest of predictions of this plan at `target`, None if there is nothing.
 
     Raises
@@ -156,48 +155,93 @@ def _finished(target: Path, key: str) -> PredictionsManifest | None:
     UsageError
         Something else is there.
     """
-    if not target.exists():
+    if not (target / "_manifest.json").exists():
         return None
     manifest = read_predictions_manifest(target)
     if manifest.plan_sha256 != key:
         raise UsageError(f"{target} exists and holds predictions of other inputs, another bundle or other settings; remove it or use another --out")
     for part in manifest.parts:
         file = target / part.path
-        if not file.is_file() or file.stat().st_size != part.bytes:
+        try:
+            is_whole = file.size() == part.bytes
+        except FileNotFoundError:
+            is_whole = False
+        if not is_whole:
             raise ManifestError(f"{file}: is missing or damaged; remove {target} and repeat the command")
     return manifest
 
 
-def _clear_up(target: Path, staging: Path) -> None:
+def _clear_up(target: Location) -> None:
     """Remove what a run left that was killed between publishing and the end."""
-    if staging.exists():
-        with suppress(UsageError), exclusive(target):
+    if not target.is_local:
+        _remove_work(target)
+    elif (staging := staging_path(target.local)).exists():
+        with suppress(UsageError), exclusive(target.local):
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _open_work(staging: Path, key: str, plan: dict[str, Any], inputs: Inputs, config: PredictConfig) -> Work:
+def _remove_work(target: Location) -> None:
+    work = Work.in_store(target).folder
+    with suppress(OSError, StorageError):
+        work.remove_tree()
+
+
+def _open_work_on_disk(target: Location, key: str, plan: dict[str, Any], inputs: Inputs, config: PredictConfig) -> Work:
     """Keep what an interrupted run of the same plan left, remove anything else; returns the folder, ready for parts."""
-    work = Work(staging / key[:16])
-    if work.plan.is_file():
-        for leftover in work.folder.rglob(".*.tmp"):
+    staging = staging_path(target.local)
+    work = Work.on_disk(staging, key)
+    if work.plan.exists():
+        for leftover in work.folder.local.rglob(".*.tmp"):
             leftover.unlink(missing_ok=True)
         return work
     if staging.exists():
-        say(f"starting anew: {staging} holds unfinished work of {_difference(staging, plan)}")
+        say(f"starting anew: {staging} holds unfinished work of another command{_difference(staging.glob('*/plan.json'), plan)}")
         shutil.rmtree(staging)
-    work.data.mkdir(parents=True)
-    pq.write_table(inputs.table, work.inputs, row_group_size=config.rows_per_part)
-    write_json(work.plan, plan)
+    work.data.local.mkdir(parents=True)
+    _begin(work, plan, inputs, config)
     return work
 
 
-def _difference(staging: Path, plan: dict[str, Any]) -> str:
-    """Say what in a plan differs from the one that a staging folder was begun with."""
-    for file in staging.glob("*/plan.json"):
+def _open_work_in_store(target: Location, key: str, plan: dict[str, Any], inputs: Inputs, config: PredictConfig) -> Work:
+    """As on disk, but work of another plan is refused: whoever does it may be at it."""
+    work = Work.in_store(target)
+    if not work.plan.exists():
+        _begin(work, plan, inputs, config)
+    elif canonical_json(json.loads(work.plan.read_bytes())) != canonical_json(plan):
+        differs = _difference([work.plan], plan)
+        raise UsageError(f"{target}: holds unfinished work of another command{differs}; remove it or use another --out")
+    return work
+
+
+def _begin(work: Work, plan: dict[str, Any], inputs: Inputs, config: PredictConfig) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(inputs.table, buffer, row_group_size=config.rows_per_part)
+    work.inputs.write_bytes(buffer.getvalue())
+    work.plan.write_bytes(json_bytes(plan))
+
+
+def _publish(work: Work, manifest: PredictionsManifest, target: Location) -> None:
+    """Write the manifest, which makes predictions of the parts."""
+    data = json_bytes(manifest.model_dump(mode="json"))
+    if not target.is_local:
+        (target / "_manifest.json").write_bytes(data)
+        _remove_work(target)
+        return
+    # Of an actor that outlived its driver, for instance.
+    for leftover in work.data.local.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+    (work.data / "_manifest.json").write_bytes(data)
+    publish(work.data.local, target.local)
+    shutil.rmtree(staging_path(target.local), ignore_errors=True)
+
+
+def _difference(plans: Iterable[Path | Location], plan: dict[str, Any]) -> str:
+    """Say in brackets what in a plan differs from the one that unfinished work was begun with; "" where that cannot be read."""
+    for file in plans:
         with suppress(OSError, ValueError):
             old = json.loads(file.read_bytes())
-            return "another command (other " + ", ".join(name for name in plan if old.get(name) != plan[name]) + ")"
-    return "a run that had hardly begun"
+            return f" (other {', '.join(name for name in plan if old.get(name) != plan[name])})"
+    return ""
 
 
 def _predict_parts(work: Work, model: Bundle, inputs: Inputs, config: PredictConfig) -> tuple[list[PartNote], int, float]:
@@ -214,9 +258,9 @@ def _predict_parts(work: Work, model: Bundle, inputs: Inputs, config: PredictCon
     if not missing:
         return [whole[unit] for unit in range(parts)], 0, 0.0
     done = run_units(
-        model.path,
+        model,
         missing,
-        partial(predict_part, work, dict(inputs.reader), config.batch_size, config.cpus_per_worker, str(model.path)),
+        partial(predict_part, work, dict(inputs.reader), config.batch_size, config.cpus_per_worker, str(model.where)),
         config.model_copy(update={"use_gpu": use_gpu, "engine": engine}),
         "predict",
         lambda finished: say(f"predict: {len(whole) + finished}/{parts} parts"),
@@ -229,7 +273,7 @@ def _predict_parts(work: Work, model: Bundle, inputs: Inputs, config: PredictCon
     return [whole[unit] for unit in range(parts)], pc.sum(done["rows"]).as_py(), seconds
 
 
-def write_submission(predictions: PredictResult, file: Path) -> None:
+def write_submission(predictions: PredictResult, file: Location) -> None:
     """Write Kaggle's `id,label`, one line per input, `label` the calibrated probability of class 1; atomic.
 
     Raises
@@ -259,14 +303,15 @@ def write_submission(predictions: PredictResult, file: Path) -> None:
                 f"Kaggle wants one line per id; the predictions are whole: {predictions.path}"
             )
     try:
-        write_text_atomic(file, buffer.getvalue())
+        file.write_bytes(buffer.getvalue().encode())
     except OSError as error:
         raise SentinodeError(f"{file}: cannot be written ({error.strerror}); the predictions are whole: {predictions.path}") from error
 
 
 def _rows_of(predictions: PredictResult, *columns: str) -> Iterator[tuple[Any, ...]]:
     for part in predictions.manifest.parts:
-        table = pq.read_table(predictions.path / part.path, columns=list(columns), partitioning=None)
+        with (predictions.path / part.path).open_input() as file:
+            table = pq.ParquetFile(file).read(columns=list(columns))
         yield from zip(*(table[name].to_pylist() for name in columns), strict=True)
 
 
@@ -308,13 +353,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return outcome
 
 
-def _submission_file(text: str) -> Path:
+def _submission_file(text: str) -> Location:
     """Return where the submission goes; refuses before the work what could only fail after it."""
-    file = local_path(text)
+    file = locate(text)
     if file.is_dir():
         raise UsageError(f"--submission {file}: is a folder; name a file")
+    if not file.is_local:
+        return file
     try:
-        probe = temporary_name(file)
+        probe = temporary_name(file.local)
         probe.touch()
         probe.unlink()
     except OSError as error:

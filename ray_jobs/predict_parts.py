@@ -6,13 +6,20 @@ driver cannot write into the work of another plan:
     <out>.staging/<digest>/plan.json, inputs.parquet           what is to be done; a row group of inputs per part
     <out>.staging/<digest>/part-00000.json                     note: that part is whole; made after the part has its name
     <out>.staging/<digest>/data/part-00000.parquet             what will be published, and nothing else
+
+In an object store nothing can be renamed, so parts are written to where they stay, beside the rest of the work, which is removed in the end:
+
+    <out>/_work/plan.json, inputs.parquet, part-00000.json     readers of Parquet folders pass over what begins with "_"
+    <out>/part-00000.parquet
 """
 
+import hashlib
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +34,11 @@ from data_prep.sources.base import Reader
 from data_prep.sources.detect import reader_of
 from sentinode.errors import SentinodeError
 from sentinode.images import UInt8Array
+from sentinode.locations import Location, locate
 from sentinode.manifests import Manifest, PredictionPart
 from sentinode.predictor import Predictor
 from sentinode.probability import Decision
-from sentinode.storage import file_record, sha256_file, temporary_name, write_json
+from sentinode.storage import json_bytes
 
 PREDICTION_SCHEMA = pa.schema(
     [
@@ -59,30 +67,45 @@ class PartNote(Manifest):
 
 @dataclass(frozen=True)
 class Work:
-    """The folder of one plan."""
+    """The folder of one plan.
 
-    folder: Path
+    Attributes
+    ----------
+    folder : Location
+        Of plan, inputs and notes.
+    data : Location
+        Of the parts.
+    """
+
+    folder: Location
+    data: Location
+
+    @classmethod
+    def on_disk(cls, staging: Path, key: str) -> "Work":
+        """Return the work for predictions that are published by a rename."""
+        folder = locate(staging / key[:16])
+        return cls(folder, folder / "data")
+
+    @classmethod
+    def in_store(cls, out: Location) -> "Work":
+        """Return the work for predictions in an object store."""
+        return cls(out / "_work", out)
 
     @property
-    def plan(self) -> Path:
+    def plan(self) -> Location:
         """The plan in words, written last when the work is begun."""
         return self.folder / "plan.json"
 
     @property
-    def inputs(self) -> Path:
+    def inputs(self) -> Location:
         """INPUT_SCHEMA, a row group per part."""
         return self.folder / "inputs.parquet"
 
-    @property
-    def data(self) -> Path:
-        """What will be published."""
-        return self.folder / "data"
-
-    def part(self, unit: int) -> Path:
+    def part(self, unit: int) -> Location:
         """The file of one part."""
         return self.data / f"part-{unit:05d}.parquet"
 
-    def note(self, unit: int) -> Path:
+    def note(self, unit: int) -> Location:
         """The note of one part."""
         return self.folder / f"part-{unit:05d}.json"
 
@@ -90,7 +113,7 @@ class Work:
         """Return the note of a part that is whole and was made by this engine on this kind of device, since others round differently; else None."""
         try:
             note = PartNote.model_validate_json(self.note(unit).read_bytes())
-            is_whole = (note.engine, note.device) == (engine, device) and sha256_file(self.part(unit)) == note.part.sha256
+            is_whole = (note.engine, note.device) == (engine, device) and hashlib.sha256(self.part(unit).read_bytes()).hexdigest() == note.part.sha256
         except (OSError, ValidationError):
             return None
         return note if is_whole else None
@@ -109,7 +132,8 @@ def predict_part(work: Work, reader: Mapping[str, Any], batch_size: int, threads
         The data set that is read is damaged.
     """
     begun = time.time()
-    inputs = pq.ParquetFile(work.inputs).read_row_group(unit)
+    with work.inputs.open_input() as file:
+        inputs = pq.ParquetFile(file).read_row_group(unit)
     outcomes: list[Decision | str | None] = inputs["error"].to_pylist()
     slices = _read_ahead(reader_of(reader), inputs, predictor.manifest.patch_size_px, batch_size, threads)
     for images, rows in full_batches(slices, outcomes, batch_size):
@@ -200,17 +224,14 @@ def _write(work: Work, unit: int, predictor: Predictor, inputs: pa.Table, outcom
         else:
             row["error"] = outcome
         rows.append(row)
-    part = work.part(unit)
-    temporary = temporary_name(work.note(unit))
-    try:
-        pq.write_table(pa.Table.from_pylist(rows, schema=PREDICTION_SCHEMA), temporary)
-        temporary.replace(part)
-    finally:
-        temporary.unlink(missing_ok=True)
+    part, buffer = work.part(unit), BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=PREDICTION_SCHEMA), buffer)
+    data = buffer.getvalue()
+    part.write_bytes(data)
     note = PartNote(
-        part=PredictionPart(rows=len(rows), **file_record(work.data, part.name)),
+        part=PredictionPart(rows=len(rows), path=part.name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()),
         errors=sum(not isinstance(outcome, Decision) for outcome in outcomes),
         engine=predictor.engine,
         device=predictor.device,
     )
-    write_json(work.note(unit), note.model_dump(mode="json"))
+    work.note(unit).write_bytes(json_bytes(note.model_dump(mode="json")))

@@ -16,7 +16,9 @@ from typing import Any
 
 from data_prep.output import PrepareRequest, is_complete, request_of
 from data_prep.prepare import PrepareResult, prepare
+from data_prep.tasks import works_elsewhere
 from ray_jobs.cluster import Need, check_capacity, connected
+from ray_jobs.prepare_one_node import prepare_on_one_node
 from ray_jobs.prepare_progress import ProgressLines, summary_table
 from ray_jobs.verb import add_common_arguments, config_from, main_of, say
 from sentinode.config import PrepareConfig
@@ -28,6 +30,8 @@ def run_prepare(request: PrepareRequest, *, verbose: bool = False) -> PrepareRes
         return prepare(request)  # which clears up what a killed run has left, and needs no Ray for it
     with connected(0, verbose=verbose):
         check_capacity(Need(workers=1, other_cpus=0), "prepare")
+        if request.work_is_private and works_elsewhere():
+            return prepare_on_one_node(request, ProgressLines())
         return prepare(request, progress=ProgressLines())
 
 
@@ -39,7 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="the prepared data set to make; a path or s3:// URI")
     parser.add_argument("--labels", metavar="CSV", help="labels, `id,label` (default: train_labels.csv in the source)")
     parser.add_argument("--slides", metavar="CSV", help="slide of each patch, `id,wsi`; for --set split=slide")
-    parser.add_argument("--work", metavar="DIR", help="where --out is s3://: folder for the work that all machines see (default: temporary files)")
+    parser.add_argument(
+        "--work",
+        metavar="DIR",
+        help="where --out is s3://: folder for the work that all machines see (default: temporary files; of several machines one does it all then)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a prepared data set of other inputs or configuration")
     add_common_arguments(parser, PrepareConfig)
 

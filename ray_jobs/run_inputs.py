@@ -5,7 +5,6 @@ Torch is imported where it is used: Ray Train's controller and the task that rea
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,6 +14,7 @@ from ray_jobs.cluster import reserved
 from ray_jobs.failures import task_error
 from sentinode.config import TrainConfig
 from sentinode.dataset import IntArray, Patches, PreparedDataset
+from sentinode.locations import Location
 
 if TYPE_CHECKING:
     import torch
@@ -209,10 +209,10 @@ class Loop:
     Attributes
     ----------
     config : TrainConfig
-    folder : Path
+    folder : Location
         The run's, the same for every worker.
     run_id : str
-        By which a worker knows that it sees that folder (`run_folder.is_run`).
+        By which a worker knows that it sees that folder (`run_folder.problem_with`).
     rows : LoadedRows or FoldRows
     initial : ObjectRef of dict of str to tensor, or None
         Weights to start from; None for a run that goes on.
@@ -225,7 +225,7 @@ class Loop:
     """
 
     config: TrainConfig
-    folder: Path
+    folder: Location
     run_id: str
     rows: LoadedRows | FoldRows
     initial: Any

@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO, Protocol
 from urllib.parse import urlsplit
 
 import yaml
@@ -23,7 +25,8 @@ import yaml
 from ray_jobs.verb import say
 from sentinode.config import TrainConfig
 from sentinode.errors import StoppedError, UsageError, one_line
-from sentinode.storage import local_path, write_json
+from sentinode.locations import Location
+from sentinode.storage import json_bytes, local_path, temporary_folder
 
 # How long the end of a run waits for trackers that have not written everything yet.
 _CLOSE_S = 30.0
@@ -71,13 +74,13 @@ class Tracker(Protocol):
         """Record how the run ended: finished, stopped or failed."""
 
 
-def check_trackers(config: TrainConfig) -> None:
-    """Refuse trackers that cannot work here.
+def check_trackers(config: TrainConfig, folder: Location) -> None:
+    """Refuse trackers that cannot work here for a run in `folder`.
 
     Raises
     ------
     UsageError
-        `mlflow` without the extra of that name, or a password in `mlflow_uri`.
+        `mlflow` without the extra of that name, without an address for a run in an object store, or with a password in `mlflow_uri`.
     """
     if "mlflow" not in config.trackers:
         return
@@ -87,6 +90,8 @@ def check_trackers(config: TrainConfig) -> None:
     if config.mlflow_uri and urlsplit(config.mlflow_uri).password:
         # The configuration is stored with the run and in the bundle, which is given away.
         raise UsageError("mlflow_uri holds a password; take it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+    if not folder.is_local and not config.mlflow_uri and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise UsageError(f"trackers: mlflow's own file cannot lie in an object store ({folder}); set mlflow_uri or MLFLOW_TRACKING_URI to a server's")
 
 
 class Tracking:
@@ -176,7 +181,7 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def open_trackers(config: TrainConfig, folder: Path, facts: RunFacts) -> Tracking:
+def open_trackers(config: TrainConfig, folder: Location, facts: RunFacts) -> Tracking:
     """Return the configured trackers of the run in `folder`; to be closed."""
     opens: dict[str, Callable[[], Tracker]] = {
         "tensorboard": lambda: EventFile(folder / _EVENTS_FOLDER, facts),
@@ -186,7 +191,7 @@ def open_trackers(config: TrainConfig, folder: Path, facts: RunFacts) -> Trackin
 
 
 @contextmanager
-def tracking(config: TrainConfig, folder: Path, facts: RunFacts) -> Iterator[Tracking]:
+def tracking(config: TrainConfig, folder: Location, facts: RunFacts) -> Iterator[Tracking]:
     """Yield the configured trackers of the run in `folder`; how the block ends is how the run ended, unless `end` said it before."""
     trackers = open_trackers(config, folder, facts)
     try:
@@ -205,18 +210,19 @@ class EventFile:
     """TensorBoard's event files in one folder: one more for each process that writes there.
 
     An epoch is one record, so it is there wholly or, where the process was killed while writing, not at all: a torn record is passed over by readers.
+    In an object store, where nothing can be added to a file, the whole of it, some kilobytes, is put again with each epoch.
     """
 
-    def __init__(self, folder: Path, facts: RunFacts) -> None:
+    def __init__(self, folder: Location, facts: RunFacts) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event = Event
-        folder.mkdir(parents=True, exist_ok=True)
         before = recorded_steps(folder)
         self.recorded = max(before, default=-1)
         host = os.uname().nodename
-        self._file = (folder / f"events.out.tfevents.{time.time_ns() // 1000:017d}.{host}.{os.getpid()}").open("xb")
+        self._place = folder / f"events.out.tfevents.{time.time_ns() // 1000:017d}.{host}.{os.getpid()}"
+        self._file = _opened(self._place) if folder.is_local else BytesIO()
         self._records = RecordWriter(self._file)
         self._write(self._event(wall_time=time.time(), file_version="brain.Event:2"))
         if not before:
@@ -242,24 +248,41 @@ class EventFile:
     def _write(self, event: Any) -> None:
         self._records.write(event.SerializeToString())
         self._records.flush()
+        if isinstance(self._file, BytesIO):
+            self._place.write_bytes(self._file.getvalue())
 
 
-def recorded_steps(folder: Path) -> set[int]:
+def _opened(place: Location) -> BinaryIO:
+    place.local.parent.mkdir(parents=True, exist_ok=True)
+    return place.local.open("xb")
+
+
+def recorded_steps(folder: Location) -> set[int]:
     """Return the steps of the epochs that TensorBoard's event files in `folder` hold."""
+    try:
+        names = [entry.name for entry in folder.entries() if entry.name.startswith("events.out.tfevents.")]
+    except FileNotFoundError:
+        return set()
+    if folder.is_local:
+        return {step for name in names for step in _steps_in((folder / name).local)}
+    with TemporaryDirectory(prefix="events-", dir=temporary_folder()) as copies:
+        for name in names:
+            (folder / name).get_file(Path(copies, name))
+        return {step for name in names for step in _steps_in(Path(copies, name))}
+
+
+def _steps_in(path: Path) -> Iterator[int]:
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-    return {
-        event.step
-        for path in folder.glob("events.out.tfevents.*")
-        for event in LegacyEventFileLoader(str(path)).Load()
-        if any(value.tag == _TAGS["val_loss"] for value in event.summary.value)
-    }
+    for event in LegacyEventFileLoader(str(path)).Load():
+        if any(value.tag == _TAGS["val_loss"] for value in event.summary.value):
+            yield event.step
 
 
 class MlflowRun:
     """One run in MLflow; its id is kept in the run's folder."""
 
-    def __init__(self, config: TrainConfig, folder: Path, facts: RunFacts) -> None:
+    def __init__(self, config: TrainConfig, folder: Location, facts: RunFacts) -> None:
         # MLflow tells its makers about its use, sets up logging and tries for minutes to reach a server, unless told not to before it is imported.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")
@@ -279,18 +302,18 @@ class MlflowRun:
         steps = [metric.step for metric in self._client.get_metric_history(self.run_id, "val_loss")]
         self.recorded = max(steps, default=-1)
 
-    def _find_or_create(self, experiment: str, folder: Path, facts: RunFacts) -> str:
+    def _find_or_create(self, experiment: str, folder: Location, facts: RunFacts) -> str:
         """Return the id of this folder's run, also where a process was killed between making it and noting its id."""
 
         note = folder / _MLFLOW_ID_FILE
-        known: dict[str, str] = json.loads(note.read_text()) if note.exists() else {}
+        known: dict[str, str] = json.loads(note.read_bytes()) if note.exists() else {}
         if not known:
             known = {"key": secrets.token_hex(16)}
-            write_json(note, known)
+            note.write_bytes(json_bytes(known))
         found = self._client.get_experiment_by_name(experiment)
         if found is None:
             # Nothing of ours goes there, but MLflow's own choice for files would be the current folder.
-            files = (folder / "mlflow_files").as_uri() if _is_local(self._client.tracking_uri) else None
+            files = (folder / "mlflow_files").local.as_uri() if folder.is_local and _is_local(self._client.tracking_uri) else None
             experiment_id = self._client.create_experiment(experiment, artifact_location=files)
         else:
             experiment_id = found.experiment_id
@@ -307,7 +330,7 @@ class MlflowRun:
                 tags["mlflow.source.git.commit"] = facts.facts["git_commit"]
             run_id = str(self._client.create_run(experiment_id, tags=tags).info.run_id)
         if known.get("run_id") != run_id:
-            write_json(note, {"key": known["key"], "run_id": run_id})
+            note.write_bytes(json_bytes({"key": known["key"], "run_id": run_id}))
         return run_id
 
     def epoch(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -323,7 +346,7 @@ class MlflowRun:
         self._client.set_terminated(self.run_id, status={"finished": "FINISHED", "stopped": "KILLED"}.get(status, "FAILED"))
 
 
-def store_uri(config: TrainConfig, folder: Path) -> str:
+def store_uri(config: TrainConfig, folder: Location) -> str:
     """Return the MLflow store: `mlflow_uri`, MLFLOW_TRACKING_URI or a SQLite file in the run's folder; a path means such a file too."""
     uri = config.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI") or str(folder / "mlflow.db")
     return f"sqlite:///{local_path(uri)}" if "://" not in uri and not uri.startswith("databricks") else uri

@@ -20,7 +20,7 @@ from ray_jobs.checkpoints import Saved, best_and_last, last_good
 from ray_jobs.cluster import Need, check_capacity, connected, reserved, signal_handlers_kept, wants_gpus
 from ray_jobs.failures import task_error, training_error
 from ray_jobs.progress import following
-from ray_jobs.run_folder import FEATURES_FOLDER, RunRequest, is_run, not_shared, open_finished_bundle
+from ray_jobs.run_folder import RunRequest, having, open_finished_bundle, problem_with, remove_features
 from ray_jobs.run_inputs import LoadedRows, load_rows
 from ray_jobs.stopping import StopOnSignal
 from ray_jobs.tracking import RunFacts, Tracking, check_trackers, tracking
@@ -31,9 +31,9 @@ from sentinode.config import TrainConfig
 from sentinode.dataset import Patches, PreparedDataset
 from sentinode.errors import SentinodeError, StoppedError, TrainingError, UsageError
 from sentinode.finishing import finish_bundle
+from sentinode.locations import Location, locate
 from sentinode.manifests import BundleManifest
 from sentinode.model import initial_state
-from sentinode.storage import exclusive, local_path, remove_any
 from sentinode.training import Progress
 from sentinode.versions import git_commit, library_versions
 
@@ -64,7 +64,7 @@ def train(config: TrainConfig, data: str | Path, out: str | Path, *, verbose: bo
     data : str or Path
         A prepared data set.
     out : str or Path
-        The run's folder: checkpoints in `checkpoint_*`, trackers' files, the result in `bundle`.
+        The run's folder, on disk or in an object store: checkpoints in `checkpoint_*`, trackers' files, the result in `bundle`.
 
     Raises
     ------
@@ -79,9 +79,9 @@ def train(config: TrainConfig, data: str | Path, out: str | Path, *, verbose: bo
         Interrupted; a later call continues.
     """
     dataset = PreparedDataset.open(data)
-    folder = local_path(out)
-    check_trackers(config)
-    with exclusive(folder):
+    folder = locate(out)
+    check_trackers(config, folder)
+    with having(folder):
         request = RunRequest(folder, "train", config, dataset.manifest.fingerprint, dataset.manifest.split.folds)
         request.check()
         finished = open_finished_bundle(folder)
@@ -107,7 +107,7 @@ def train(config: TrainConfig, data: str | Path, out: str | Path, *, verbose: bo
                 weights, progress = best
                 _record(trackers, progress)
                 bundle = finish(weights, rows, config, dataset, folder / "bundle", run_id, name=folder.name, use_gpu=use_gpu)
-                remove_any(folder / FEATURES_FOLDER)
+                remove_features(folder)
                 trackers.end("finished", _result(bundle))
     return TrainResult(bundle, progress.history, already_complete=False)
 
@@ -159,7 +159,7 @@ def initial_weights(config: TrainConfig) -> dict[str, torch.Tensor]:
         return initial_state(config.arch, config.weights, input_size_px=config.input_size_px)
 
 
-def _facts(folder: Path, config: TrainConfig, dataset: PreparedDataset) -> RunFacts:
+def _facts(folder: Location, config: TrainConfig, dataset: PreparedDataset) -> RunFacts:
     facts = {"data_fingerprint": dataset.manifest.fingerprint, "git_commit": git_commit(), "fold": config.fold, **library_versions()}
     return RunFacts(folder.name, config.model_dump(mode="json"), {name: str(value) for name, value in facts.items() if value is not None})
 
@@ -176,7 +176,7 @@ def _result(bundle: Bundle) -> dict[str, float | str]:
     return {"bundle_digest": manifest.digest, "bundle_threshold": manifest.threshold, **numbers}
 
 
-def fit_run(config: TrainConfig, folder: Path, run_id: str, rows: LoadedRows, *, use_gpu: bool) -> None:
+def fit_run(config: TrainConfig, folder: Location, run_id: str, rows: LoadedRows, *, use_gpu: bool) -> None:
     """Train the run in `folder`, which has its request, until done; goes on where it stopped, and does nothing where it is done. No trackers.
 
     Raises
@@ -187,11 +187,18 @@ def fit_run(config: TrainConfig, folder: Path, run_id: str, rows: LoadedRows, *,
     _, last = best_and_last(folder)
     if last is None or not (last.progress.history and last.progress.is_over(config)):
         _fit(config, folder, run_id, rows, initial_weights(config) if last is None else None, use_gpu=use_gpu, trackers=Tracking({}))
-    remove_any(folder / FEATURES_FOLDER)
+    remove_features(folder)
 
 
 def _fit(
-    config: TrainConfig, folder: Path, run_id: str, rows: LoadedRows, initial: dict[str, torch.Tensor] | None, *, use_gpu: bool, trackers: Tracking
+    config: TrainConfig,
+    folder: Location,
+    run_id: str,
+    rows: LoadedRows,
+    initial: dict[str, torch.Tensor] | None,
+    *,
+    use_gpu: bool,
+    trackers: Tracking,
 ) -> None:
     from ray.train import TrainingFailedError
 
@@ -238,7 +245,7 @@ def _fit(
         raise StoppedError(f"{outcome.get('stopped', 'stopped')}; repeat the command to continue from there ({folder})")
 
 
-def _with_last_good(error: SentinodeError, folder: Path) -> SentinodeError:
+def _with_last_good(error: SentinodeError, folder: Location) -> SentinodeError:
     """Name the checkpoint that is left."""
     if not isinstance(error, TrainingError):
         return error
@@ -247,7 +254,7 @@ def _with_last_good(error: SentinodeError, folder: Path) -> SentinodeError:
     return TrainingError(f"{error}; {left}")
 
 
-def best_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], Progress] | None:
+def best_checkpoint(folder: Location) -> tuple[dict[str, torch.Tensor], Progress] | None:
     """Return the weights of the best epoch of a run and its progress; None where no epoch is done yet.
 
     Raises
@@ -264,7 +271,7 @@ def finish(
     rows: LoadedRows,
     config: TrainConfig,
     dataset: PreparedDataset,
-    out: Path,
+    out: Location,
     run_id: str,
     *,
     name: str,
@@ -277,10 +284,10 @@ def finish(
     with reserved(config.cpus_per_worker, int(use_gpu), "make the bundle") as place:
         task = _finish.options(num_cpus=config.cpus_per_worker, num_gpus=int(use_gpu), scheduling_strategy=place)
         try:
-            bundle: Bundle = ray.get(task.remote(weights, rows.calibration, config, dataset, out, run_id, name, "cuda" if use_gpu else "cpu"))
+            ray.get(task.remote(weights, rows.calibration, config, dataset, out, run_id, name, "cuda" if use_gpu else "cpu"))
         except ray.exceptions.RayError as error:
             raise task_error(error, "making the bundle") from error
-    return bundle
+    return Bundle.open(out)
 
 
 @ray.remote
@@ -289,15 +296,15 @@ def _finish(
     calibration: Patches,
     config: TrainConfig,
     dataset: PreparedDataset,
-    out: Path,
+    out: Location,
     run_id: str,
     name: str,
     device: str,
-) -> Bundle:
-    if not is_run(out.parent, run_id):
-        raise UsageError(not_shared(out.parent))
+) -> None:
+    if problem := problem_with(out.parent, run_id):
+        raise UsageError(problem)
     torch.set_num_threads(config.cpus_per_worker)
-    return finish_bundle(weights, calibration, config, dataset.manifest, out, name=name, device=device)
+    finish_bundle(weights, calibration, config, dataset.manifest, out, name=name, device=device)
 
 
 def describe_epoch(record: dict[str, Any], config: TrainConfig) -> str:
@@ -327,10 +334,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result = train(config_from(args, TrainConfig), args.data, args.out, verbose=args.verbose)
     manifest = result.bundle.manifest
     if result.already_complete:
-        say(f"already complete: {result.bundle.path}")
+        say(f"already complete: {result.bundle.where}")
     else:
-        say(f"bundle: {result.bundle.path}\n{operating_point_text(manifest)}")
-    return {"bundle": str(result.bundle.path), "digest": manifest.digest, "metrics": manifest.metrics, "already_complete": result.already_complete}
+        say(f"bundle: {result.bundle.where}\n{operating_point_text(manifest)}")
+    return {"bundle": str(result.bundle.where), "digest": manifest.digest, "metrics": manifest.metrics, "already_complete": result.already_complete}
 
 
 def operating_point_text(manifest: BundleManifest) -> str:

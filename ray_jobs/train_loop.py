@@ -8,12 +8,13 @@ import torch
 
 from ray_jobs.checkpoint_writers import CheckpointWriter
 from ray_jobs.checkpoints import CheckpointError, Saved, lacking_room, remove_newer, restore
-from ray_jobs.run_folder import FEATURES_FOLDER, is_run, not_shared
+from ray_jobs.run_folder import features_folder, not_shared, problem_with
 from ray_jobs.run_inputs import Loop
 from ray_jobs.stopping import Wishes
 from sentinode.errors import ManifestError, TrainingError, UsageError
 from sentinode.frozen_features import FeatureStore
 from sentinode.learner import Learner
+from sentinode.locations import Location
 from sentinode.model import build_model
 from sentinode.training import Group, Hooks, Interrupted, Progress, train_epochs
 from sentinode.worker import set_up_worker
@@ -36,13 +37,14 @@ def train_loop_per_worker(given: dict[str, Loop]) -> dict[str, str] | None:
     context = ray.train.get_context()
     group = Group(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     # Before anything there is touched: on a node of its own the path may belong to another run, which must not lose its checkpoints.
-    if not all(group.gather(torch.tensor(int(is_run(loop.folder, loop.run_id))))):
-        return {"usage": not_shared(loop.folder)}
+    problem = problem_with(loop.folder, loop.run_id)
+    if not all(group.gather(torch.tensor(int(problem is None)))):
+        return {"usage": problem or not_shared(loop.folder)}
     set_up_worker(config.cpus_per_worker, group.device)
     # Dropout: every worker draws of its own.
     torch.manual_seed(int(np.random.SeedSequence([config.seed, group.rank]).generate_state(1)[0]))
 
-    saved = _last_saved()
+    saved = _last_saved(loop.folder)
     model = build_model(config.arch, weights="none", input_size_px=config.input_size_px)
     if saved is None:
         model.load_state_dict(ray.get(loop.initial))
@@ -62,7 +64,7 @@ def train_loop_per_worker(given: dict[str, Loop]) -> dict[str, str] | None:
     if full:
         return {"failed": f"{full}; make room there and repeat the command"}
 
-    writer = CheckpointWriter(loop.folder, config, loop.rows.ingest, group.rank, group.world_size, number)
+    writer = CheckpointWriter(loop.folder, loop.run_id, config, loop.rows.ingest, group.rank, group.world_size, number)
     wishes = Wishes(loop.log, group.rank, loop.checkpoint_interval_s)
 
     def checkpoint(now: Progress) -> None:
@@ -83,7 +85,7 @@ def train_loop_per_worker(given: dict[str, Loop]) -> dict[str, str] | None:
     source = loop.rows.source(config, group.device)
     try:
         hooks = Hooks(epoch_done, wishes, checkpoint)
-        features = FeatureStore(loop.folder / FEATURES_FOLDER, config.feature_cache_gib * 2**30)
+        features = FeatureStore(features_folder(loop.folder), config.feature_cache_gib * 2**30)
         return ended(lambda: train_epochs(learner, source, loop.rows.validation(config), config, progress, hooks, group, features))
     finally:
         source.close()
@@ -111,13 +113,13 @@ def ended(training: Callable[[], None]) -> dict[str, str] | None:
     return None
 
 
-def _last_saved() -> Saved | None:
+def _last_saved(folder: Location) -> Saved | None:
     import ray.train
 
     registered = ray.train.get_checkpoint()
     if registered is None:
         return None
-    saved = Saved.open(Path(registered.path))
+    saved = Saved.open(folder / Path(registered.path).name)
     if saved is None:
         raise CheckpointError(f"{registered.path}: not a whole checkpoint; is --out on a file system that all nodes share?")
     return saved

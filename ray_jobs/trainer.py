@@ -2,14 +2,15 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ray_jobs.checkpoints import tidy
 from ray_jobs.cluster import resources_text
 from ray_jobs.run_inputs import FoldRows, LoadedRows, Loop
+from ray_jobs.store_file_system import storage_of
 from ray_jobs.train_loop import train_loop_per_worker
 from sentinode.config import TrainConfig
+from sentinode.locations import Location
 
 # Worker groups that could not be started before a run gives up: enough for a node that dies while starting, not for ever. They are added up over
 # the whole of a run; where nodes come and go, each that goes at the wrong moment costs one.
@@ -25,7 +26,7 @@ _ELASTIC_CHECKPOINT_INTERVAL_S = 60.0
 
 def make_trainer(
     config: TrainConfig,
-    folder: Path,
+    folder: Location,
     run_id: str,
     rows: LoadedRows | FoldRows,
     initial: Any,
@@ -45,6 +46,8 @@ def make_trainer(
     from ray.train.torch import TorchTrainer
 
     tidy(folder)
+    files, path = storage_of(folder)
+    parent = os.path.dirname(path)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_POLL_S))
     resources = {"CPU": config.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
     start_failures = _ELASTIC_START_FAILURES if is_elastic(config) else _START_FAILURES
@@ -56,7 +59,8 @@ def make_trainer(
         ),
         run_config=RunConfig(
             name=folder.name,
-            storage_path=str(folder.parent),
+            storage_path=parent,
+            storage_filesystem=files,
             failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=start_failures),
             # One best is kept, and Ray Train never deletes the last.
             checkpoint_config=CheckpointConfig(

@@ -19,10 +19,10 @@ import ray
 import torch
 import yaml
 
-from ray_jobs.checkpoints import Saved
+from ray_jobs.checkpoints import ABOUT_FILE, Saved
 from ray_jobs.cluster import capacity, connected
 from ray_jobs.progress import following
-from ray_jobs.run_folder import FEATURES_FOLDER, REQUEST_FILE, RunRequest, open_finished_bundle
+from ray_jobs.run_folder import REQUEST_FILE, RunRequest, having, open_finished_bundle, problem_with, remove_features
 from ray_jobs.run_inputs import FoldRows, LoadedRows, load_folds, load_rows
 from ray_jobs.sweep.course import Course
 from ray_jobs.sweep.progress import SweepProgress
@@ -39,10 +39,11 @@ from sentinode.bundle import Bundle
 from sentinode.config import SweepConfig, TrainConfig
 from sentinode.dataset import PreparedDataset
 from sentinode.errors import ConfigError, StoppedError, TrainingError, UsageError
+from sentinode.locations import Location, locate
 from sentinode.search.journal import Journal, TrialRecord
 from sentinode.search.point_sources import PointSource, point_source
 from sentinode.search.warm_start import kept_warm_start, warm_start
-from sentinode.storage import exclusive, local_path, remove_any, write_json, write_text_atomic
+from sentinode.storage import json_bytes
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,10 @@ def tune(config: SweepConfig, data: str | Path, out: str | Path, *, verbose: boo
     StoppedError
         Interrupted; a later call continues.
     """
-    dataset, folder = PreparedDataset.open(data), local_path(out)
+    dataset, folder = PreparedDataset.open(data), locate(out)
     base = config.train_config({})
-    check_trackers(base)
-    with exclusive(folder):
+    check_trackers(base, folder)
+    with having(folder):
         request = RunRequest(folder, "tune", config, dataset.manifest.fingerprint, dataset.manifest.split.folds)
         request.check()
         finished = open_finished_bundle(folder)
@@ -102,15 +103,29 @@ def tune(config: SweepConfig, data: str | Path, out: str | Path, *, verbose: boo
             say(f"warning: {note}")
         with connected(_wanted_cpus(config, base), verbose=verbose):
             # Begun on GPUs it goes on there, as a run does.
-            begun = next((saved for path in sorted((folder / "trials").rglob("checkpoint_*/")) if (saved := Saved.open(path)) is not None), None)
+            begun = _begun(folder)
             use_gpu = resolve_gpus(base, config.workers_per_trial, begun, "tune (one trial)", config.gpus_per_worker)
             rows = _load_rows(dataset, base, folds)
-            sweep = _Sweep(config, base, dataset, folder, request.claim(), rows, initial, journal, use_gpu)
+            run_id = request.claim()
+            # Again: a process that had the sweep until now may have written until now.
+            journal = Journal(folder)
+            journal.problem = lambda: problem_with(folder, run_id)
+            sweep = _Sweep(config, base, dataset, folder, run_id, rows, initial, journal, use_gpu)
             started.keep(folder)
             _search(sweep, source, verbose=verbose)
-            remove_any(folder / FEATURES_FOLDER)
+            remove_features(folder)
             bundle = _finish(sweep, notes)
     return TuneResult(bundle, journal.trials, standings(journal.trials, config), already_complete=False)
+
+
+def _begun(folder: Location) -> Saved | None:
+    """Return a checkpoint of any trial, None where there is none."""
+    try:
+        files = (folder / "trials").entries(recursive=True)
+    except FileNotFoundError:
+        return None
+    places = (folder / "trials" / file.name.rpartition("/")[0] for file in files if file.name.endswith(f"/{ABOUT_FILE}"))
+    return next((saved for place in places if (saved := Saved.open(place)) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -120,7 +135,7 @@ class _Sweep:
     config: SweepConfig
     base: TrainConfig
     dataset: PreparedDataset
-    folder: Path
+    folder: Location
     run_id: str
     rows: dict[int | None, LoadedRows | FoldRows]
     initial: dict[str, torch.Tensor] | None
@@ -214,17 +229,17 @@ def _finish(sweep: _Sweep, notes: list[str]) -> Bundle:
         errors = [trial.error for trial in trials if trial.error]
         raise TrainingError(f"every trial failed; the first: {errors[0] if errors else 'no epoch had a figure'} (see {folder / 'trials'})")
     best_config = trial_config(config, best.trial.point, best.trial.seed, None)
-    write_text_atomic(folder / "trials.csv", trials_table(trials, config).to_csv(index=False))
-    write_text_atomic(folder / "best.yaml", best_yaml(best, best_config, config))
+    (folder / "trials.csv").write_bytes(trials_table(trials, config).to_csv(index=False).encode())
+    (folder / "best.yaml").write_bytes(best_yaml(best, best_config, config).encode())
     facts = SweepFacts(config, dataset.manifest, config.largest("epochs"), sweep.folds, folder.name, best.trial.number, notes)
-    write_text_atomic(folder / "report.html", render(trials, facts))
+    (folder / "report.html").write_bytes(render(trials, facts).encode())
     rows = sweep.rows.get(None)
     if not isinstance(rows, LoadedRows) or rows_key(best_config) != rows_key(sweep.base):
         rows = load_rows(dataset, best_config)
     weights_from = trial_folder(folder, best.trial.number, None)
     if sweep.folds is not None:
         say("training the best configuration on the train split, for the bundle")
-        weights_from = folder / "trials" / "best"
+        weights_from = folder / "trials/best"
         _train_best(best_config, weights_from, sweep.run_id, rows, use_gpu=sweep.use_gpu)
     kept = best_checkpoint(weights_from)
     if kept is None:
@@ -232,10 +247,9 @@ def _finish(sweep: _Sweep, notes: list[str]) -> Bundle:
     return finish(kept[0], rows, best_config, dataset, folder / "bundle", sweep.run_id, name=folder.name, use_gpu=sweep.use_gpu)
 
 
-def _train_best(config: TrainConfig, folder: Path, run_id: str, rows: LoadedRows, *, use_gpu: bool) -> None:
+def _train_best(config: TrainConfig, folder: Location, run_id: str, rows: LoadedRows, *, use_gpu: bool) -> None:
     """Train what was scored on folds as `train` would with best.yaml; goes on with what an interrupted call began."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / REQUEST_FILE, {"id": run_id, "verb": "trial"})
+    (folder / REQUEST_FILE).write_bytes(json_bytes({"id": run_id, "verb": "trial"}))
     fit_run(config, folder, run_id, rows, use_gpu=use_gpu)
 
 
@@ -260,7 +274,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("--config: a sweep needs its YAML, e.g. --config tune_configs/lr_depth_asha.yaml")
     config = config_from(args, SweepConfig)
     result = tune(config, args.data, args.out, verbose=args.verbose)
-    folder = result.bundle.path.parent
+    folder = result.bundle.where.parent
     best = result.standings[0] if result.standings else None
     if result.already_complete:
         say(f"already complete: {folder}")
@@ -270,10 +284,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         also = "".join(f", {count} {status}" for status, count in ended.items() if count)
         say(
             f"best of {len(searched)} trials{also}: {describe_point(best.trial.point)}: {config.metric} {best.value:.4f}{best.spread_text}\n"
-            f"bundle: {result.bundle.path}\n{operating_point_text(result.bundle.manifest)}\nreport: {folder / 'report.html'}\n"
+            f"bundle: {result.bundle.where}\n{operating_point_text(result.bundle.manifest)}\nreport: {folder / 'report.html'}\n"
             f"train it again: sentinode train --config {folder / 'best.yaml'} --data {args.data} --out DIR"
         )
-    summary = {"bundle": str(result.bundle.path), "digest": result.bundle.manifest.digest, "already_complete": result.already_complete}
+    summary = {"bundle": str(result.bundle.where), "digest": result.bundle.manifest.digest, "already_complete": result.already_complete}
     return summary | ({"best": best.trial.point, config.metric: best.value, "trials": len(result.trials)} if best is not None else {})
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from sentinode import CLASS_NAMES
+from sentinode.bundle_copies import local_copy
 from sentinode.config import EnsembleConfig, TrainConfig
 from sentinode.errors import ManifestError, ManifestNotFoundError, UsageError
+from sentinode.locations import Location, locate
 from sentinode.manifests import (
     BUNDLE_FORMAT_VERSION,
     BundleManifest,
@@ -32,7 +35,8 @@ from sentinode.manifests import (
     read_bundle_manifest,
 )
 from sentinode.model_card import model_card
-from sentinode.storage import canonical_json, exclusive, local_path, publish, sha256_file, staging_path, write_json, write_text_atomic
+from sentinode.publishing import upload_folder
+from sentinode.storage import canonical_json, exclusive, publish, sha256_file, staging_path, temporary_folder, write_json, write_text_atomic
 from sentinode.versions import git_commit, library_versions
 
 WEIGHTS_FILE = "model.safetensors"
@@ -57,14 +61,24 @@ _DECIDING_FIELDS = (
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk whose files were checked against its manifest."""
+    """A bundle whose files were checked against its manifest.
+
+    Attributes
+    ----------
+    path : Path
+        Its files on this machine: the bundle itself, or a copy of one in an object store.
+    manifest : BundleManifest
+    where : Location
+        What it was opened as; to be opened on other machines, and named to people.
+    """
 
     path: Path
     manifest: BundleManifest
+    where: Location
 
     @classmethod
-    def open(cls, bundle: str | Path) -> "Bundle":
-        """Open and verify.
+    def open(cls, bundle: str | Path | Location) -> "Bundle":
+        """Open and verify; from an object store it is copied to this machine first.
 
         Raises
         ------
@@ -72,11 +86,23 @@ class Bundle:
             `bundle` is not a bundle.
         ManifestError
             It was tampered with, is incomplete, or of another format version.
+        StorageError
+            The storage does not answer, or there is no room for the copy.
         """
-        opened = cls(local_path(bundle), read_bundle_manifest(bundle))
-        problems = opened.verify()
-        if problems:
-            raise ManifestError(f"{opened.path}: {problems[0]}")
+        where = locate(bundle)
+        if where.is_local:
+            return cls._checked(where.local, where)
+        try:
+            return cls._checked(local_copy(where), where)
+        except (ManifestNotFoundError, ManifestError):
+            # Temporary files get cleared away, also some of a copy's.
+            return cls._checked(local_copy(where, anew=True), where)
+
+    @classmethod
+    def _checked(cls, path: Path, where: Location) -> "Bundle":
+        opened = cls(path, read_bundle_manifest(path), where)
+        if problems := opened.verify():
+            raise ManifestError(f"{where}: {problems[0]}")
         return opened
 
     def verify(self) -> list[str]:
@@ -102,7 +128,7 @@ class Bundle:
 
     def _verify_member(self, name: str, digest: str) -> list[str]:
         try:
-            member = Bundle(self.path / name, read_bundle_manifest(self.path / name))
+            member = Bundle(self.path / name, read_bundle_manifest(self.path / name), self.where / name)
         except (ManifestError, ManifestNotFoundError) as error:
             return [f"{name}: {error}"]
         if member.manifest.digest != digest:
@@ -121,9 +147,10 @@ class Bundle:
         """
         if not self.manifest.members:
             return [self]
-        members = [Bundle.open(self.path / "members" / f"{number:02d}") for number in range(len(self.manifest.members))]
+        names = [f"members/{number:02d}" for number in range(len(self.manifest.members))]
+        members = [Bundle._checked(self.path / name, self.where / name) for name in names]
         if [member.manifest.digest for member in members] != self.manifest.members:
-            raise ManifestError(f"{self.path}: its members are others than bundle.json lists")
+            raise ManifestError(f"{self.where}: its members are others than bundle.json lists")
         return members
 
     def read_weights(self) -> dict[str, torch.Tensor]:
@@ -137,14 +164,14 @@ class Bundle:
             The file changed since the bundle was opened, or holds no tensors.
         """
         if self.manifest.members:
-            raise UsageError(f"{self.path}: an ensemble, without weights of its own; name one of its members, {self.path / 'members' / '00'}")
+            raise UsageError(f"{self.where}: an ensemble, without weights of its own; name one of its members, {self.where / 'members/00'}")
         data = (self.path / WEIGHTS_FILE).read_bytes()
         if hashlib.sha256(data).hexdigest() != self.manifest.files[WEIGHTS_FILE]:
-            raise ManifestError(f"{self.path / WEIGHTS_FILE}: sha256 differs from bundle.json")
+            raise ManifestError(f"{self.where / WEIGHTS_FILE}: sha256 differs from bundle.json")
         try:
             return load(data)
         except SafetensorError as error:
-            raise ManifestError(f"{self.path / WEIGHTS_FILE}: no safetensors file ({error})") from error
+            raise ManifestError(f"{self.where / WEIGHTS_FILE}: no safetensors file ({error})") from error
 
 
 def digest_of(manifest: dict[str, Any]) -> str:
@@ -157,7 +184,7 @@ def digest_of(manifest: dict[str, Any]) -> str:
 
 
 def write_bundle(
-    out: str | Path,
+    out: str | Path | Location,
     weights: dict[str, torch.Tensor],
     *,
     config: TrainConfig,
@@ -172,11 +199,11 @@ def write_bundle(
     version: str = "1",
     licence: str = "Apache-2.0",
 ) -> Bundle:
-    """Write a bundle; it appears whole or not at all. An older one at `out` is replaced, anything else there is not.
+    """Write a bundle; it appears whole or not at all. An older one at `out` is replaced, but not in an object store; anything else there is not.
 
     Parameters
     ----------
-    out : str or Path
+    out : str or Path or Location
         Folder to make.
     weights : dict of str to tensor
         `sentinode.model.state_for_storage` of the network.
@@ -226,11 +253,11 @@ def write_bundle(
         "calibration_rows": "held_out",
         "members": [],
     }
-    return _publish(local_path(out), fields, fill)
+    return _publish(locate(out), fields, fill)
 
 
 def write_ensemble(
-    out: str | Path,
+    out: str | Path | Location,
     members: Sequence[Bundle],
     *,
     config: EnsembleConfig,
@@ -274,7 +301,7 @@ def write_ensemble(
             copy = folder / "members" / f"{number:02d}"
             shutil.copytree(member.path, copy, ignore=shutil.ignore_patterns(".*", "*.staging"))
             if Bundle.open(copy).manifest.digest != digests[number]:
-                raise ManifestError(f"{member.path}: was replaced by another bundle meanwhile; run the same command again")
+                raise ManifestError(f"{member.where}: was replaced by another bundle meanwhile; run the same command again")
         return {}
 
     fields: dict[str, Any] = {
@@ -300,12 +327,18 @@ def write_ensemble(
         "calibration_rows": calibration_rows,
         "members": digests,
     }
-    return _publish(local_path(out), fields, fill)
+    return _publish(locate(out), fields, fill)
 
 
-def check_replaceable(target: Path) -> None:
-    """Raise UsageError where something else than a bundle, or an empty folder, stands at `target`."""
-    if target.exists() and not (target / "bundle.json").exists() and (not target.is_dir() or any(target.iterdir())):
+def check_replaceable(target: Location) -> None:
+    """Raise UsageError where something else than a bundle, or an empty folder, stands at `target`; in an object store, where anything does."""
+    if not target.is_local:
+        # Replaced file by file it would, for a while, be neither the old nor the new one.
+        if (target / "bundle.json").exists():
+            raise UsageError(f"{target}: a bundle is there, and in an object store none is replaced; use another --out")
+        return
+    path = target.local
+    if path.exists() and not (path / "bundle.json").exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"{target} exists and is not a model bundle")
 
 
@@ -315,27 +348,36 @@ def _reference(dataset: DatasetManifest, fold: int | None, notes: list[str]) -> 
     ).model_dump(mode="json")
 
 
-def _publish(target: Path, fields: dict[str, Any], fill: Callable[[Path], dict[str, str]]) -> Bundle:
+def _publish(target: Location, fields: dict[str, Any], fill: Callable[[Path], dict[str, str]]) -> Bundle:
     """Publish a folder that `fill` has filled, which returns the checksums of its files, with its card and manifest."""
-    with exclusive(target):
+    if target.is_local:
+        with exclusive(target.local):
+            check_replaceable(target)
+            staging = staging_path(target.local)
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            _complete(staging, fields, fill)
+            publish(staging, target.local)
+    else:
         check_replaceable(target)
-        staging = staging_path(target)
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        fields |= {
-            "format_version": BUNDLE_FORMAT_VERSION,
-            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "class_names": list(CLASS_NAMES),
-            "channel_order": "RGB",
-            "git_commit": git_commit(),
-            "library_versions": library_versions(),
-            "files": fill(staging),
-        }
-        # Through the manifest, as a reader will see the fields: a temperature of 1 is 1.0 there.
-        fields["digest"] = digest_of(BundleManifest(**fields, digest="0" * 64).model_dump(mode="json"))
-        write_text_atomic(staging / CARD_FILE, model_card(fields))
-        fields["files"][CARD_FILE] = sha256_file(staging / CARD_FILE)
-        manifest = BundleManifest(**fields)
-        write_json(staging / "bundle.json", manifest.model_dump(mode="json"))
-        publish(staging, target)
-    return Bundle(target, manifest)
+        with TemporaryDirectory(prefix="bundle-", dir=temporary_folder()) as staging_name:
+            _complete(Path(staging_name), fields, fill)
+            upload_folder(Path(staging_name), target, "bundle.json")
+    return Bundle.open(target)
+
+
+def _complete(staging: Path, fields: dict[str, Any], fill: Callable[[Path], dict[str, str]]) -> None:
+    fields |= {
+        "format_version": BUNDLE_FORMAT_VERSION,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "class_names": list(CLASS_NAMES),
+        "channel_order": "RGB",
+        "git_commit": git_commit(),
+        "library_versions": library_versions(),
+        "files": fill(staging),
+    }
+    # Through the manifest, as a reader will see the fields: a temperature of 1 is 1.0 there.
+    fields["digest"] = digest_of(BundleManifest(**fields, digest="0" * 64).model_dump(mode="json"))
+    write_text_atomic(staging / CARD_FILE, model_card(fields))
+    fields["files"][CARD_FILE] = sha256_file(staging / CARD_FILE)
+    write_json(staging / "bundle.json", BundleManifest(**fields).model_dump(mode="json"))

@@ -92,7 +92,7 @@ def choose_engine(bundle: Bundle, engine: str, device: str) -> str:
     if engine != "auto":
         for network in networks:
             if not engine_folder(network, engine).exists():
-                raise UsageError(f"{network.path}: no engine {engine} in it; `sentinode export --engine {engine}` adds it")
+                raise UsageError(f"{network.where}: no engine {engine} in it; `sentinode export --engine {engine}` adds it")
             read_engine(network, engine)
         if ENGINES[engine].device != device:
             raise UsageError(f"engine {engine} runs on {ENGINES[engine].device}, not on {device}; use engine torch there")
@@ -144,7 +144,7 @@ def read_engine(bundle: Bundle, engine: str) -> EngineManifest:
     except ManifestNotFoundError as error:
         raise ManifestError(f"{error}; remove what is left there, or export it again") from error
     if problems := _problems(bundle, engine, manifest):
-        raise ManifestError(f"{bundle.path}: {problems[0]}; export it again, or remove it")
+        raise ManifestError(f"{bundle.where}: {problems[0]}; export it again, or remove it")
     return manifest
 
 
@@ -210,7 +210,7 @@ def _read_files(bundle: Bundle, engine: str) -> dict[str, bytes]:
     files = {name: (engine_folder(bundle, engine) / name).read_bytes() for name in manifest.files}
     for name, data in files.items():
         if hashlib.sha256(data).hexdigest() != manifest.files[name]:
-            raise ManifestError(f"{bundle.path}: engines/{engine}/{name}: sha256 differs from engine.json")
+            raise ManifestError(f"{bundle.where}: engines/{engine}/{name}: sha256 differs from engine.json")
     return files
 
 

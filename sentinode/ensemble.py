@@ -58,14 +58,14 @@ def check_members(members: Sequence[Bundle]) -> None:
     first, seen = members[0], dict[str, Bundle]()
     for member in members:
         if member.manifest.members:
-            raise UsageError(f"{member.path}: is an ensemble itself; name its members")
+            raise UsageError(f"{member.where}: is an ensemble itself; name its members")
         if member.manifest.digest in seen:
-            raise UsageError(f"{member.path}: is the same model as {seen[member.manifest.digest].path}")
+            raise UsageError(f"{member.where}: is the same model as {seen[member.manifest.digest].where}")
         seen[member.manifest.digest] = member
         for name, unit in (("patch_size_px", " px"), ("spacing_um_px", " um/px")):
             ours, theirs = getattr(first.manifest, name), getattr(member.manifest, name)
             if ours != theirs:
-                raise UsageError(f"{member.path}: accepts patches of {theirs}{unit}, {first.path} of {ours}{unit}")
+                raise UsageError(f"{member.where}: accepts patches of {theirs}{unit}, {first.where} of {ours}{unit}")
 
 
 def calibration_plan(members: Sequence[Bundle], dataset: PreparedDataset) -> CalibrationPlan:

@@ -18,6 +18,7 @@ from sentinode.errors import TrainingError
 from sentinode.images import UInt8Array
 from sentinode.inference import network_logits
 from sentinode.intervals import operating_point, score_metrics
+from sentinode.locations import Location
 from sentinode.manifests import DatasetManifest, ReferenceStatistics, ThresholdRule
 from sentinode.metrics import FloatArray, IntArray
 from sentinode.model import build_model
@@ -99,7 +100,7 @@ def finish_bundle(
     calibration: Patches,
     config: TrainConfig,
     dataset: DatasetManifest,
-    out: str | Path,
+    out: str | Path | Location,
     *,
     name: str,
     device: str = "cpu",
@@ -114,7 +115,7 @@ def finish_bundle(
         Validation rows that calibrate and choose the threshold.
     config, dataset
         What the network was trained with and on.
-    out : str or Path
+    out : str or Path or Location
         The bundle's folder.
     name : str
         The bundle's name.

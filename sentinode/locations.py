@@ -7,6 +7,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -14,7 +15,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 from sentinode.errors import ConfigError, StorageError
 from sentinode.object_store import PACKAGES, ObjectFile, file_system, path_in, read_objects, stamp_of
 from sentinode.retries import store_meaning, store_waits, try_local, try_store
-from sentinode.storage import local_path, write_bytes_atomic
+from sentinode.storage import local_path, remove_any, write_bytes_atomic
 
 _T = TypeVar("_T")
 
@@ -64,6 +65,13 @@ class Location:
     def name(self) -> str:
         """The last part of the path; "" for a whole bucket."""
         return Path(self.uri).name if self.is_local else self.uri.partition("://")[2].partition("/")[2].rpartition("/")[2]
+
+    @property
+    def parent(self) -> "Location":
+        """The folder that it lies in; of a whole bucket itself."""
+        if self.is_local:
+            return Location(os.fspath(Path(self.uri).parent))
+        return Location(self.uri[: -len(self.name)].rstrip("/")) if self.name else self
 
     def with_name(self, name: str) -> "Location":
         """Return a sibling; raises ConfigError for a whole bucket, which has none."""
@@ -193,6 +201,10 @@ class Location:
             if self.read_bytes() != data:
                 raise
 
+    def get_file(self, target: Path) -> None:
+        """Copy a file from here, in an object store, to a local file."""
+        self._ask(lambda files, path: files.get_file(path, os.fspath(target)))
+
     def put_file(self, source: Path) -> None:
         """Upload a local file to here, in an object store."""
         self._ask(lambda files, path: files.put_file(os.fspath(source), path))
@@ -212,6 +224,14 @@ class Location:
         with ThreadPoolExecutor(_CONCURRENT_REMOVALS) as pool:
             for _ in pool.map(lambda name: (self / name).remove(), names):
                 pass
+
+    def remove_tree(self) -> None:
+        """Remove a folder with all in it, as far as that can be removed; nothing happens if there is none."""
+        if self.is_local:
+            remove_any(self.local)
+            return
+        with suppress(FileNotFoundError):
+            self.remove_many([entry.name for entry in self.entries(recursive=True)])
 
     @property
     def _scheme(self) -> str:

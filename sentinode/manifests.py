@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from sentinode.config import ReviewRule, Rgb
 from sentinode.errors import ManifestError, ManifestNotFoundError
 from sentinode.locations import Location, locate
-from sentinode.storage import local_path, read_manifest_json
+from sentinode.storage import read_manifest_json
 
 DATASET_FORMAT_VERSION = 2
 """2 added `root`, overlaps.parquet and the split `all`. Version 1 is still read."""
@@ -546,24 +546,24 @@ def read_dataset_manifest(data: str | os.PathLike[str] | Location) -> DatasetMan
         raise ManifestNotFoundError(f"{error}; `sentinode prepare` makes one from a folder of patches") from error
 
 
-def read_bundle_manifest(bundle: str | Path) -> BundleManifest:
+def read_bundle_manifest(bundle: str | Path | Location) -> BundleManifest:
     """Read `<bundle>/bundle.json`; raises like `read_dataset_manifest`."""
-    return _parse(BundleManifest, local_path(bundle), "bundle.json", "model bundle", BUNDLE_FORMAT_VERSION)
+    return _parse(BundleManifest, locate(bundle), "bundle.json", "model bundle", BUNDLE_FORMAT_VERSION)
 
 
-def read_engine_manifest(folder: str | Path) -> EngineManifest:
+def read_engine_manifest(folder: str | Path | Location) -> EngineManifest:
     """Read `<folder>/engine.json`; raises like `read_dataset_manifest`."""
-    return _parse(EngineManifest, local_path(folder), "engine.json", "whole engine", ENGINE_FORMAT_VERSION)
+    return _parse(EngineManifest, locate(folder), "engine.json", "whole engine", ENGINE_FORMAT_VERSION)
 
 
-def read_report(folder: str | Path) -> EvaluationReport:
+def read_report(folder: str | Path | Location) -> EvaluationReport:
     """Read `<folder>/report.json`; raises like `read_dataset_manifest`."""
-    return _parse(EvaluationReport, local_path(folder), "report.json", "evaluation report", REPORT_FORMAT_VERSION)
+    return _parse(EvaluationReport, locate(folder), "report.json", "evaluation report", REPORT_FORMAT_VERSION)
 
 
-def read_predictions_manifest(folder: str | Path) -> PredictionsManifest:
+def read_predictions_manifest(folder: str | Path | Location) -> PredictionsManifest:
     """Read `<folder>/_manifest.json`; raises like `read_dataset_manifest`."""
-    return _parse(PredictionsManifest, local_path(folder), "_manifest.json", "folder of predictions", PREDICTIONS_FORMAT_VERSION)
+    return _parse(PredictionsManifest, locate(folder), "_manifest.json", "folder of predictions", PREDICTIONS_FORMAT_VERSION)
 
 
 def _parse(model: type[ManifestT], folder: Path | Location, name: str, what: str, newest: int) -> ManifestT:

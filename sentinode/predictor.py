@@ -147,5 +147,5 @@ def load_network(bundle: Bundle) -> nn.Module:
     try:
         model.load_state_dict(bundle.read_weights())
     except RuntimeError as error:
-        raise ManifestError(f"{bundle.path}: its weights are not those of a {manifest.arch}") from error
+        raise ManifestError(f"{bundle.where}: its weights are not those of a {manifest.arch}") from error
     return model.eval()

@@ -10,8 +10,6 @@ import logging
 import os
 import secrets
 import shutil
-import stat
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -23,7 +21,17 @@ from sentinode import storage
 from sentinode.errors import SentinodeError, StorageError, UsageError
 from sentinode.locations import Location
 from sentinode.manifests import is_inside
-from sentinode.storage import exclusive, file_record, remove_any, replaced_path, staging_path, write_bytes_atomic, write_json, write_text_atomic
+from sentinode.storage import (
+    exclusive,
+    file_record,
+    remove_any,
+    replaced_path,
+    staging_path,
+    temporary_folder,
+    write_bytes_atomic,
+    write_json,
+    write_text_atomic,
+)
 
 log = logging.getLogger(__name__)
 
@@ -51,24 +59,7 @@ def staging_of(out: Location, work: Path | None = None) -> Path:
     if out.is_local:
         return staging_path(out.local)
     name = f"{out.name}-{hashlib.sha256(out.uri.encode()).hexdigest()[:12]}.staging"
-    return (_folder_of_this_user() if work is None else work) / name
-
-
-def _folder_of_this_user() -> Path:
-    # Everybody may write to /tmp, so whoever knows the name could put finished work of their own there, to be published as ours, or read pixels.
-    user = os.geteuid()
-    folder = Path(tempfile.gettempdir()) / f"sentinode-{user}"
-    try:
-        with suppress(FileExistsError):
-            folder.mkdir(0o700)
-        status = folder.lstat()
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot be used for the work ({error.strerror}); name a folder with --work") from error
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != user:
-        raise UsageError(f"{folder}: expected a folder of user {user} for the work, but it is somebody else's or a link; name a folder with --work")
-    if stat.S_IMODE(status.st_mode) & 0o077:
-        raise UsageError(f"{folder}: others may use it; look at what is in it, then chmod 700, or name a folder with --work")
-    return folder
+    return (temporary_folder() if work is None else work) / name
 
 
 @contextmanager
@@ -189,6 +180,26 @@ def publish(staging: Path, out: Location, manifest_name: str, *, replace: bool =
             raise _lost(out, manifest_name, _content(manifest) or b"", out / root, names, staging) from error
     _remove_replaced(staging, out, {manifest_name, *_placed(data)})
     _discard(staging)
+
+
+def upload_folder(folder: Path, out: Location, manifest_name: str) -> None:
+    """Upload all files of a folder to an object store, where nothing is yet, the manifest last: until then nobody takes it for whole.
+
+    Raises
+    ------
+    UsageError
+        Another manifest stands there, or the store refuses a file.
+    StorageError
+        The storage does not answer; the call can be repeated.
+    """
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    try:
+        _upload(folder, [name for name in names if name != manifest_name], out)
+        (out / manifest_name).write_bytes((folder / manifest_name).read_bytes(), create_only=True)
+    except FileExistsError as error:
+        raise UsageError(f"{out}: another process has published there; use another --out") from error
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be written ({error.strerror or error})") from error
 
 
 def clean_up(out: Location, staging: Path, manifest_name: str) -> None:

@@ -10,8 +10,10 @@ import json
 import os
 import secrets
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +42,30 @@ def local_path(uri: str | os.PathLike[str]) -> Path:
     if scheme == "file":
         raise ConfigError(f"{text}: expected file:///, then the rest of an absolute path")
     raise ConfigError(f"{text}: {scheme}:// is not supported yet for this; use a local path or a mounted shared folder")
+
+
+def temporary_folder() -> Path:
+    """Return, and make, the folder `sentinode-<user id>` among the temporary files, open to this user only.
+
+    Raises
+    ------
+    UsageError
+        It belongs to somebody else or is open to others.
+    """
+    # Everybody may write to /tmp, so whoever knows the name could put finished work of their own there, to be published as ours, or read pixels.
+    user = os.geteuid()
+    folder = Path(tempfile.gettempdir()) / f"sentinode-{user}"
+    try:
+        with suppress(FileExistsError):
+            folder.mkdir(0o700)
+        status = folder.lstat()
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be used ({error.strerror}); name another one with --work or TMPDIR") from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != user:
+        raise UsageError(f"{folder}: expected a folder of user {user}, but it is somebody else's or a link; name another one with --work or TMPDIR")
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        raise UsageError(f"{folder}: others may use it; look at what is in it, then chmod 700, or name another one with --work or TMPDIR")
+    return folder
 
 
 def staging_path(out: Path) -> Path:
@@ -160,8 +186,13 @@ def write_bytes_atomic(path: Path, data: bytes, *, create_only: bool = False) ->
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write strict JSON (no NaN), indented, keys as given."""
-    write_text_atomic(path, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    """Write `json_bytes` to a file, whole or not at all."""
+    write_bytes_atomic(path, json_bytes(content))
+
+
+def json_bytes(content: Any) -> bytes:
+    """Return strict JSON (no NaN), indented, keys as given: what our JSON files hold."""
+    return (json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
 def canonical_json(content: Any) -> bytes:

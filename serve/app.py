@@ -23,11 +23,11 @@ from sentinode.answers import Speaker
 from sentinode.bundle import Bundle
 from sentinode.config import ServeConfig, parse_config
 from sentinode.engines import choose_engine
-from sentinode.errors import ConfigError, SentinodeError, UsageError
+from sentinode.errors import ConfigError, SentinodeError, StorageError, UsageError
 from sentinode.images import UInt8Array
+from sentinode.locations import locate
 from sentinode.manifests import BundleManifest
 from sentinode.probability import Decision
-from sentinode.storage import local_path
 from serve.auth import resolve_key_digests
 from serve.backend import Overloaded
 from serve.engine import Classifier, EngineError
@@ -86,7 +86,7 @@ def build_app(args: ServeArgs) -> ray_serve.Application:
         engine = choose_engine(bundle, config.engine, "cuda" if config.gpus_per_replica > 0 else "cpu")
         config = ServeConfig(**config.model_dump() | {"engine": engine})
         digests = resolve_key_digests(config.api_keys_file) if config.auth == "keys" else ()
-    except UsageError as error:
+    except (UsageError, StorageError) as error:
         raise DeployError(str(error)) from error
     if not manifest.threshold_rule.reached:
         target = manifest.threshold_rule.target_recall
@@ -107,7 +107,7 @@ def _with_bundle(args: ServeConfig) -> ServeConfig:
     if not bundle:
         raise ConfigError(f"bundle: missing; set it in the args or name the folder in the environment variable {BUNDLE_VARIABLE}")
     # Absolute, because replicas run in another working folder. Always a plain ServeConfig: it is what travels to replicas.
-    return ServeConfig(**args.model_dump() | {"bundle": str(local_path(bundle))})
+    return ServeConfig(**args.model_dump() | {"bundle": str(locate(bundle))})
 
 
 def _deployment(cls: type, name: str, config: ServeConfig, cpus: float, gpus: float, target_ongoing_requests: float) -> ray_serve.Deployment:

@@ -6,9 +6,9 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
-from sentinode.errors import ConfigError
+from sentinode.errors import ConfigError, StorageError
+from sentinode.locations import Location, locate
 
 KEYS_VARIABLE = "SENTINODE_API_KEYS"
 
@@ -59,7 +59,7 @@ def resolve_key_digests(keys_file: str | None, environment: Mapping[str, str] | 
     plain = [key.strip() for key in environment.get(KEYS_VARIABLE, "").split(",")]
     digests = [key_digest(key) for key in plain if key]
     if keys_file is not None:
-        digests += _read_keys_file(Path(keys_file).expanduser())
+        digests += _read_keys_file(locate(keys_file))
     if not digests:
         raise ConfigError(
             "auth: keys needs at least one API key and none is configured; make one with `sentinode serve --new-key NAME`, "
@@ -68,11 +68,11 @@ def resolve_key_digests(keys_file: str | None, environment: Mapping[str, str] | 
     return tuple(dict.fromkeys(digests))
 
 
-def _read_keys_file(path: Path) -> list[str]:
+def _read_keys_file(path: Location) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"api_keys_file {path}: cannot be read ({getattr(error, 'strerror', None) or 'not text'})") from error
+        lines = path.read_bytes().decode().splitlines()
+    except (OSError, UnicodeDecodeError, StorageError) as error:
+        raise ConfigError(f"api_keys_file {path}: cannot be read ({_why(error)})") from error
     digests = []
     for number, line in enumerate(lines, start=1):
         text = line.strip()
@@ -84,6 +84,10 @@ def _read_keys_file(path: Path) -> list[str]:
             raise ConfigError(f"api_keys_file {path}, line {number}: expected name:sha256 with 64 lower-case hex digits, or # comment")
         digests.append(digest)
     return digests
+
+
+def _why(error: Exception) -> str:
+    return "not text" if isinstance(error, UnicodeDecodeError) else str(getattr(error, "strerror", None) or error)
 
 
 def is_known_key(key: str, digests: Iterable[str]) -> bool:

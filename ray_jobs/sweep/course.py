@@ -8,7 +8,6 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ray_jobs.checkpoints import epochs_saved, is_settled, keep_weights_only
@@ -18,6 +17,7 @@ from ray_jobs.sweep.trackers import TrialTrackers
 from ray_jobs.sweep.trial import Job, trial_folder
 from sentinode.config import SweepConfig
 from sentinode.errors import SentinodeError, StorageError
+from sentinode.locations import Location
 from sentinode.search.journal import Journal, TrialRecord, rank
 from sentinode.search.point_sources import Outcome, PointSource
 
@@ -33,7 +33,7 @@ class Course:
     Parameters
     ----------
     config : SweepConfig
-    folder : Path
+    folder : Location
         The sweep's.
     journal : Journal
     source : PointSource
@@ -59,7 +59,7 @@ class Course:
     def __init__(
         self,
         config: SweepConfig,
-        folder: Path,
+        folder: Location,
         journal: Journal,
         source: PointSource,
         *,

@@ -3,7 +3,6 @@
 import threading
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,6 +15,7 @@ from ray_jobs.run_inputs import FoldRows, LoadedRows
 from ray_jobs.trainer import checkpoint_interval_s, make_trainer, room_text
 from sentinode.config import TrainConfig
 from sentinode.errors import TrainingError, UsageError
+from sentinode.locations import Location
 from sentinode.training import Interrupted, Progress
 
 _POLL_S = 0.1
@@ -39,7 +39,7 @@ class GroupTraining:
     def __init__(
         self,
         config: TrainConfig,
-        folder: Path,
+        folder: Location,
         run_id: str,
         rows: LoadedRows | FoldRows,
         initial: Callable[[], dict[str, torch.Tensor]],

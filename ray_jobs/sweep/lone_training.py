@@ -12,13 +12,14 @@ import torch
 
 from ray_jobs.checkpoint_writers import LoneCheckpointWriter
 from ray_jobs.checkpoints import best_and_last, lacking_room, restore, tidy
-from ray_jobs.run_folder import FEATURES_FOLDER
+from ray_jobs.run_folder import features_folder
 from ray_jobs.run_inputs import FoldRows, LoadedRows
 from ray_jobs.stopping import Wishes
 from sentinode.config import TrainConfig
 from sentinode.errors import StorageError
 from sentinode.frozen_features import FeatureStore
 from sentinode.learner import Learner
+from sentinode.locations import Location
 from sentinode.model import build_model
 from sentinode.training import Group, Hooks, Interrupted, Progress, Wish, train_epochs
 from sentinode.worker import set_up_worker
@@ -30,8 +31,10 @@ class LoneTraining:
     Parameters
     ----------
     config : TrainConfig
-    folder : Path
+    folder : Location
         Has its request (`run_folder.REQUEST_FILE`) already.
+    run_id : str
+        Of that request.
     rows : LoadedRows or FoldRows
     initial : callable
         Returns the weights to start from; not called where there is a checkpoint.
@@ -52,7 +55,8 @@ class LoneTraining:
     def __init__(
         self,
         config: TrainConfig,
-        folder: Path,
+        folder: Location,
+        run_id: str,
         rows: LoadedRows | FoldRows,
         initial: Callable[[], dict[str, torch.Tensor]],
         *,
@@ -77,12 +81,12 @@ class LoneTraining:
         if full := lacking_room(folder, self._learner):
             raise StorageError(f"{full}; make room there and repeat the command")
         self.progress = last.progress if last is not None else Progress()
-        self._writer = LoneCheckpointWriter(folder, config, rows.ingest, last.number if last is not None else 0)
+        self._writer = LoneCheckpointWriter(folder, run_id, config, rows.ingest, last.number if last is not None else 0)
         self._wishes = Wishes(log, 0, config.checkpoint_interval_s)
         self._group = Group(device=device)
         self._source = rows.source(config, device)
         self._val = rows.validation(config)
-        self._features = FeatureStore(features or folder / FEATURES_FOLDER, config.feature_cache_gib * 2**30)
+        self._features = FeatureStore(features or features_folder(folder), config.feature_cache_gib * 2**30)
         self._epoch_done = False
 
     def next_epoch(self) -> dict[str, Any] | None:

@@ -1,12 +1,12 @@
 """Trackers of a sweep: a run of its own for each trial (with folds, for each of its folds), in TensorBoard and MLflow as `train` has them."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 from ray_jobs.sweep.trial import trial_config, trial_folder
 from ray_jobs.tracking import RunFacts, Tracking, open_trackers
 from sentinode.config import SweepConfig
+from sentinode.locations import Location
 from sentinode.search.journal import TrialRecord
 from sentinode.versions import git_commit, library_versions
 
@@ -17,12 +17,12 @@ class TrialTrackers:
     Parameters
     ----------
     sweep : SweepConfig
-    folder : Path
+    folder : Location
         The sweep's. MLflow's file, unless another store is configured, lies there for all trials.
     data_fingerprint : str
     """
 
-    def __init__(self, sweep: SweepConfig, folder: Path, data_fingerprint: str) -> None:
+    def __init__(self, sweep: SweepConfig, folder: Location, data_fingerprint: str) -> None:
         self._sweep, self._folder = sweep, folder
         commit = git_commit()
         self._facts = {"sweep": folder.name, "data_fingerprint": data_fingerprint, **library_versions()} | ({"git_commit": commit} if commit else {})
@@ -58,6 +58,6 @@ class TrialTrackers:
             tracking.close()
 
 
-def _store(folder: Path) -> str | None:
+def _store(folder: Location) -> str | None:
     # MLflow's own variable comes before a file of ours.
     return None if os.environ.get("MLFLOW_TRACKING_URI") else str(folder / "mlflow.db")

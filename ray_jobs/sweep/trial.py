@@ -19,7 +19,7 @@ import torch
 from ray.tune import Trainable
 
 from ray_jobs.checkpoints import CheckpointError
-from ray_jobs.run_folder import FEATURES_FOLDER, REQUEST_FILE, is_run, not_shared
+from ray_jobs.run_folder import REQUEST_FILE, features_folder, problem_with
 from ray_jobs.run_inputs import FoldRows, LoadedRows, load_rows
 from ray_jobs.sweep.group_training import GroupTraining
 from ray_jobs.sweep.lone_training import LoneTraining
@@ -28,8 +28,9 @@ from sentinode.config import SweepConfig, TrainConfig
 from sentinode.dataset import PreparedDataset
 from sentinode.errors import SentinodeError, StorageError, UsageError, one_line, root_of
 from sentinode.flops import gflops_per_patch
+from sentinode.locations import Location
 from sentinode.search.journal import TrialRecord
-from sentinode.storage import write_json
+from sentinode.storage import json_bytes
 from sentinode.training import Interrupted
 
 _WEIGHT_FIELDS = ("arch", "weights", "input_size_px", "seed")
@@ -45,7 +46,7 @@ class Shared:
     base : TrainConfig
         What `rows` and `initial` were made for; a trial that differs in that makes its own.
     dataset : PreparedDataset
-    folder : Path
+    folder : Location
         The sweep's; trials lie in its folder `trials`.
     run_id : str
         Of its request.
@@ -63,7 +64,7 @@ class Shared:
     sweep: SweepConfig
     base: TrainConfig
     dataset: PreparedDataset
-    folder: Path
+    folder: Location
     run_id: str
     rows: dict[int | None, LoadedRows | FoldRows]
     initial: Any
@@ -179,16 +180,15 @@ class Trial(Trainable):  # type: ignore[misc]
         check_device(config, use_gpu=shared.use_gpu)
         if shared.sweep.cost == "gflops":
             self._gflops = gflops_per_patch(config.arch, config.input_size_px, config.tta)
-        if not is_run(shared.folder, shared.run_id):
-            raise UsageError(not_shared(shared.folder))
+        if problem := problem_with(shared.folder, shared.run_id):
+            raise UsageError(problem)
         folder = trial_folder(shared.folder, job.number, fold)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / REQUEST_FILE, {"id": shared.run_id, "verb": "trial"})
+        (folder / REQUEST_FILE).write_bytes(json_bytes({"id": shared.run_id, "verb": "trial"}))
         rows = self._rows(config, fold)
         told = self._told.get(fold, 0)
         if config.max_workers == 1:
-            features = shared.folder / FEATURES_FOLDER
-            return LoneTraining(config, folder, rows, self._initial(config), use_gpu=shared.use_gpu, log=shared.log, features=features, told=told)
+            features, initial = features_folder(shared.folder), self._initial(config)
+            return LoneTraining(config, folder, shared.run_id, rows, initial, use_gpu=shared.use_gpu, log=shared.log, features=features, told=told)
         initial = self._initial(config)
         return GroupTraining(config, folder, shared.run_id, rows, initial, use_gpu=shared.use_gpu, log=shared.log, told=told)
 
@@ -218,9 +218,9 @@ def trial_config(sweep: SweepConfig, point: dict[str, Any], seed: int, fold: int
     return config.model_copy(update={"seed": seed} | ({"fold": fold} if fold is not None else {}))
 
 
-def trial_folder(sweep_folder: Path, number: int, fold: int | None) -> Path:
+def trial_folder(sweep_folder: Location, number: int, fold: int | None) -> Location:
     """Return where a trial's checkpoints lie."""
-    folder = sweep_folder / "trials" / f"{number:05d}"
+    folder = sweep_folder / f"trials/{number:05d}"
     return folder if fold is None else folder / f"fold-{fold}"
 
 

@@ -11,6 +11,7 @@ from sentinode.config.base import Config
 from sentinode.config.errors import describe_validation_error
 from sentinode.config.paths import merge, set_by_path
 from sentinode.errors import ConfigError
+from sentinode.locations import Location, locate
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -51,7 +52,7 @@ def parse_config(model: type[ConfigT], fields: Mapping[str, Any]) -> ConfigT:
         raise ConfigError(describe_validation_error(error, model)) from error
 
 
-def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
+def read_yaml_mapping(path: str | Path | Location) -> dict[str, Any]:
     """Read a YAML file that holds a mapping with string keys (an empty file is an empty mapping).
 
     Raises
@@ -60,7 +61,7 @@ def read_yaml_mapping(path: str | Path) -> dict[str, Any]:
         The file is missing, is not YAML, or holds something else.
     """
     try:
-        content = _parse_yaml(Path(path).read_text(encoding="utf-8"))
+        content = _parse_yaml(locate(path).read_bytes().decode())
     except OSError as error:
         raise ConfigError(f"config file {path}: {error.strerror or error}") from error
     except ValueError as error:

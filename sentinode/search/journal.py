@@ -12,12 +12,12 @@ is passed over by readers, and ended before the next one is written.
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from sentinode.errors import ManifestError, StorageError
+from sentinode.errors import ManifestError, StorageError, UsageError
+from sentinode.locations import Location
 from sentinode.selection import is_better
 
 JOURNAL_FILE = "trials.jsonl"
@@ -137,11 +137,11 @@ def rank(trials: list[TrialRecord], metric: str) -> list[TrialRecord]:
 
 
 class Journal:
-    """The journal of the sweep in `folder`.
+    """The journal of the sweep in `folder`. In an object store, where nothing can be added to a file, the whole of it is put again with each event.
 
     Parameters
     ----------
-    folder : Path
+    folder : Location
 
     Attributes
     ----------
@@ -149,6 +149,8 @@ class Journal:
         By number.
     events : list of (str, int)
         What happened, to which trial, in the order in which it did; clocks may have been set back.
+    problem : callable
+        Asked before each event of a journal in a store: returns why this process may not write there any more, in one line, or None.
 
     Raises
     ------
@@ -158,8 +160,11 @@ class Journal:
         It cannot be read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Location) -> None:
         self.path = folder / JOURNAL_FILE
+        self.problem: Callable[[], str | None] = lambda: None
+        # Of a journal in a store.
+        self._content = b""
         self.trials: list[TrialRecord] = []
         self.events: list[tuple[str, int]] = []
         for event in self._read():
@@ -189,11 +194,12 @@ class Journal:
 
     def _read(self) -> Iterator[dict[str, Any]]:
         try:
-            lines = self.path.read_bytes().split(b"\n")
+            self._content = self.path.read_bytes()
         except FileNotFoundError:
             return
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be read ({error.strerror})") from error
+        lines = self._content.split(b"\n")
         for number, line in enumerate(lines, start=1):
             try:
                 event = json.loads(line)
@@ -236,7 +242,10 @@ class Journal:
 
     def _append(self, line: bytes) -> None:
         try:
-            with self.path.open("ab") as file:
+            if not self.path.is_local:
+                self._put(line)
+                return
+            with self.path.local.open("ab") as file:
                 if file.tell() and not self._ends_whole():
                     # Named, so that readers know the line before it for what a kill left.
                     line = b"\n" + json.dumps({"event": "resume", "trial": -1, "at": round(time.time(), 3)}).encode() + b"\n" + line
@@ -246,7 +255,14 @@ class Journal:
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be written ({error.strerror}); make room there and repeat the command") from error
 
+    def _put(self, line: bytes) -> None:
+        if problem := self.problem():
+            raise UsageError(problem)
+        content = self._content + line
+        self.path.write_bytes(content)
+        self._content = content
+
     def _ends_whole(self) -> bool:
-        with self.path.open("rb") as file:
+        with self.path.local.open("rb") as file:
             file.seek(-1, os.SEEK_END)
             return file.read(1) == b"\n"

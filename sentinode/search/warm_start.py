@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,10 +10,11 @@ from sentinode.config import SweepConfig, parse_config, read_yaml_mapping
 from sentinode.config.paths import set_by_path
 from sentinode.config.train import TrainConfig
 from sentinode.errors import ConfigError, ManifestError
+from sentinode.locations import Location, locate
 from sentinode.search.journal import Journal, rank
 from sentinode.search.point_sources import Outcome
 from sentinode.search.space import Point, problem
-from sentinode.storage import local_path, write_json
+from sentinode.storage import json_bytes
 
 _REQUEST_FILE = "request.json"
 _TAKEN_FILE = "warm_start.json"
@@ -36,17 +36,17 @@ class WarmStart:
     known: list[tuple[Point, Outcome]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def keep(self, folder: Path) -> None:
+    def keep(self, folder: Location) -> None:
         """Write it into a sweep's folder: the sweep goes on with it, whatever becomes of what it was read from."""
         if not (folder / _TAKEN_FILE).exists():
-            write_json(folder / _TAKEN_FILE, asdict(self))
+            (folder / _TAKEN_FILE).write_bytes(json_bytes(asdict(self)))
 
 
-def kept_warm_start(folder: Path) -> WarmStart | None:
+def kept_warm_start(folder: Location) -> WarmStart | None:
     """Return what `WarmStart.keep` wrote, None where nothing is; raises ManifestError where it is damaged."""
     path = folder / _TAKEN_FILE
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = json.loads(path.read_bytes().decode())
         known = [(point, Outcome(**outcome | {"by_step": tuple(outcome["by_step"])})) for point, outcome in kept["known"]]
         return WarmStart(kept["first"], known, kept["notes"])
     except FileNotFoundError:
@@ -65,7 +65,7 @@ def warm_start(config: SweepConfig, data_fingerprint: str) -> WarmStart:
     """
     found = WarmStart()
     for text in config.warm_start:
-        path = local_path(text)
+        path = locate(text)
         if path.is_dir():
             _take_sweep(found, path, config, data_fingerprint)
         else:
@@ -78,7 +78,7 @@ def _add(found: WarmStart, point: Point) -> None:
         found.first.append(point)
 
 
-def _point_of_yaml(path: Path, config: SweepConfig) -> Point:
+def _point_of_yaml(path: Location, config: SweepConfig) -> Point:
     fields = read_yaml_mapping(path)
     try:
         trained = parse_config(TrainConfig, fields)
@@ -115,9 +115,9 @@ def _means(key: str, listed: Any, value: Any) -> bool:
         return False
 
 
-def _take_sweep(found: WarmStart, folder: Path, config: SweepConfig, data_fingerprint: str) -> None:
+def _take_sweep(found: WarmStart, folder: Location, config: SweepConfig, data_fingerprint: str) -> None:
     try:
-        request = json.loads((folder / _REQUEST_FILE).read_text(encoding="utf-8"))
+        request = json.loads((folder / _REQUEST_FILE).read_bytes().decode())
         earlier = SweepConfig(**request["config"])
         same_data = request["data_fingerprint"] == data_fingerprint
         trials = [trial for trial in Journal(folder).trials if trial.kind == "search"]

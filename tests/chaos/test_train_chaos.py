@@ -16,6 +16,7 @@ import pytest
 from ray_jobs.checkpoints import best_and_last
 from sentinode.bundle import Bundle
 from sentinode.dataset import PreparedDataset
+from sentinode.locations import locate
 from tests.factories import make_dataset
 from tests.processes import Running, running, sentinode
 
@@ -53,7 +54,7 @@ def _train(dataset: PreparedDataset, out: Path) -> list[str | Path]:
 
 def _outcome(out: Path) -> dict[str, Any]:
     """Digest of the bundle, and the numbers of every epoch, without times."""
-    _, last = best_and_last(out)
+    _, last = best_and_last(locate(out))
     assert last is not None
     history = [{name: value for name, value in record.items() if not name.endswith("seconds")} for record in last.progress.history]
     assert len(history) == EPOCHS
@@ -102,7 +103,7 @@ def test_sigterm_within_an_epoch_ends_with_code_3_and_the_same_command_continues
             told = command.wait_for_line("sentinode: stopped", 90)
             assert command.process.wait(90) == 3
         assert re.match(rf"sentinode: stopped (within|after) epoch \d+.*; repeat the command to continue from there \({out}\)", told)
-        _, last = best_and_last(out)
+        _, last = best_and_last(locate(out))
         assert last is not None
         if last.progress.partial is not None:
             break
@@ -167,7 +168,7 @@ def test_a_full_disk_loses_nothing_is_one_clear_line_and_with_more_room_the_same
     assert "make room there and repeat the command; the last good checkpoint is " in line
     assert line.endswith("after epoch 1")
     assert "No space left on device" in failed.stdout
-    _, last = best_and_last(out)
+    _, last = best_and_last(locate(out))
     assert last is not None
     assert sum(path.stat().st_size for path in last.path.iterdir()) > CHECKPOINT_MIB * 2**20 * 0.9
     subprocess.run(["mount", "-o", f"remount,size={CHECKPOINT_MIB * 4}m", small_disk], check=True)

@@ -16,6 +16,7 @@ import pytest
 from ray_jobs.checkpoints import best_and_last
 from sentinode.bundle import Bundle
 from sentinode.dataset import PreparedDataset
+from sentinode.locations import locate
 from tests.clusters import cluster_of, node_that_runs
 from tests.factories import make_dataset
 from tests.processes import ROOT, Running, running, sentinode
@@ -39,7 +40,7 @@ def _train(dataset: PreparedDataset, out: Path, workers: str) -> list[str | Path
 
 
 def _history(out: Path) -> list[dict[str, Any]]:
-    _, last = best_and_last(out)
+    _, last = best_and_last(locate(out))
     assert last is not None
     return [{name: value for name, value in record.items() if not name.endswith("seconds")} for record in last.progress.history]
 
@@ -119,4 +120,4 @@ def test_an_elastic_run_without_room_says_so_and_ends_at_once_when_it_is_told_to
         # Not the two minutes that a checkpoint may take.
         command.wait_for_line("sentinode: stopped", 45)
         assert command.process.wait(60) == 3
-    assert best_and_last(tmp_path / "run")[1] is not None
+    assert best_and_last(locate(tmp_path / "run"))[1] is not None

@@ -14,6 +14,7 @@ import yaml
 
 from sentinode.bundle import Bundle
 from sentinode.dataset import PreparedDataset
+from sentinode.locations import locate
 from sentinode.search.journal import JOURNAL_FILE, Journal
 from tests.clusters import cluster_of, node_that_runs
 from tests.factories import make_dataset
@@ -77,7 +78,7 @@ def _tune(dataset: PreparedDataset, folder: Path, **changes: Any) -> list[str | 
 def _outcome(folder: Path) -> dict[str, Any]:
     """Digest of the bundle, and every trial with its epochs, without times."""
     trials = []
-    for trial in Journal(folder / "sweep").trials:
+    for trial in Journal(locate(folder / "sweep")).trials:
         epochs = [{name: value for name, value in one.items() if not name.endswith("seconds") and name != "at"} for one in trial.epochs]
         trials.append({"point": trial.point, "seed": trial.seed, "kind": trial.kind, "status": trial.status, "epochs": epochs})
     return {"digest": Bundle.open(folder / "sweep" / "bundle").manifest.digest, "trials": trials}

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from ray_jobs import checkpoint_writers, checkpoints
+from ray_jobs import checkpoint_writers
 from ray_jobs.checkpoint_writers import CheckpointWriter
 from ray_jobs.checkpoints import (
     ABOUT_FILE,
@@ -33,6 +33,7 @@ from ray_jobs.checkpoints import (
 from sentinode.config import TrainConfig
 from sentinode.errors import TrainingError, UsageError
 from sentinode.learner import Learner
+from sentinode.locations import Location, locate
 from sentinode.training import PartialEpoch, Progress
 
 CONFIG = TrainConfig(weights="none", unfreeze_depth=5, input_size_px=32, epochs=4)
@@ -62,10 +63,10 @@ def _lay_down(run: Path, number: int, progress: Progress, *, world_size: int = 2
 def test_the_best_and_the_newest_are_found_by_what_lies_there(tmp_path: Path) -> None:
     best = _lay_down(tmp_path, 2, _progress(0.9, 0.5))
     newest = _lay_down(tmp_path, 4, _progress(0.9, 0.5, 0.7, partial=True))
-    found, last = best_and_last(tmp_path)
+    found, last = best_and_last(locate(tmp_path))
     assert found is not None
     assert last is not None
-    assert (found.path, last.path) == (best, newest)
+    assert (found.path, last.path) == (locate(best), locate(newest))
     assert last.progress == _progress(0.9, 0.5, 0.7, partial=True)
     assert last.where == "within epoch 4"
 
@@ -73,18 +74,18 @@ def test_the_best_and_the_newest_are_found_by_what_lies_there(tmp_path: Path) ->
 def test_equal_values_do_not_confuse_which_epoch_was_the_best(tmp_path: Path) -> None:
     first = _lay_down(tmp_path, 1, _progress(0.5))
     _lay_down(tmp_path, 2, _progress(0.5, 0.5))
-    assert best_and_last(tmp_path)[0] == Saved.open(first)
+    assert best_and_last(locate(tmp_path))[0] == Saved.open(locate(first))
 
 
 def test_before_the_first_epoch_is_done_there_is_no_best(tmp_path: Path) -> None:
     path = _lay_down(tmp_path, 1, _progress(partial=True))
-    assert best_and_last(tmp_path) == (None, Saved.open(path))
+    assert best_and_last(locate(tmp_path)) == (None, Saved.open(locate(path)))
 
 
 def test_a_lost_best_checkpoint_is_told(tmp_path: Path) -> None:
     _lay_down(tmp_path, 2, _progress(0.5, 0.9))
     with pytest.raises(TrainingError, match="the checkpoint of the best epoch, 1, is gone"):
-        best_and_last(tmp_path)
+        best_and_last(locate(tmp_path))
 
 
 def _cut(path: Path) -> None:
@@ -102,9 +103,9 @@ def test_a_checkpoint_that_is_not_whole_is_never_gone_on_from(damage: Callable[[
     whole = _lay_down(tmp_path, 1, _progress(0.9))
     torn = _lay_down(tmp_path, 2, _progress(0.9, 0.5))
     damage(torn)
-    assert Saved.open(torn) is None
-    tidy(tmp_path)
-    assert [saved.path for saved in saved_checkpoints(tmp_path)] == [whole]
+    assert Saved.open(locate(torn)) is None
+    tidy(locate(tmp_path))
+    assert [saved.path for saved in saved_checkpoints(locate(tmp_path))] == [locate(whole)]
     assert not torn.exists()
     assert _what_ray_reads(tmp_path) == ([whole], whole)
 
@@ -116,7 +117,7 @@ def test_a_checkpoint_of_another_version_is_neither_read_nor_cleared_away(ours: 
     assert ours in about.read_text()
     about.write_text(about.read_text().replace(ours, other))
     with pytest.raises(UsageError, match="made by another version"):
-        tidy(tmp_path)
+        tidy(locate(tmp_path))
     assert about.exists()
 
 
@@ -138,14 +139,14 @@ def test_ray_is_told_what_lies_there_whatever_its_own_notes_have_become(snapshot
     newest = _lay_down(tmp_path, 4, _progress(0.9, 0.5, 0.6, partial=True))
     if snapshot is not None:
         (tmp_path / "checkpoint_manager_snapshot.json").write_text(snapshot)
-    tidy(tmp_path)
+    tidy(locate(tmp_path))
     assert _what_ray_reads(tmp_path) == ([newest, best], newest)
     assert {path.name for path in tmp_path.glob("checkpoint_*/")} == {best.name, newest.name}
 
 
 def test_notes_of_checkpoints_that_are_all_gone_are_removed(tmp_path: Path) -> None:
     (tmp_path / "checkpoint_manager_snapshot.json").write_text("{}")
-    tidy(tmp_path)
+    tidy(locate(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -153,7 +154,7 @@ def test_what_a_failed_attempt_wrote_after_the_checkpoint_gone_on_from_is_remove
     kept = [_lay_down(tmp_path, number, _progress(0.9)) for number in (1, 2)]
     _lay_down(tmp_path, 3, _progress(0.9, 0.5))
     (tmp_path / "checkpoint_000004_torn").mkdir()
-    remove_newer(tmp_path, 2)
+    remove_newer(locate(tmp_path), 2)
     assert sorted(tmp_path.glob("checkpoint_*")) == kept
 
 
@@ -163,39 +164,39 @@ class _Killed(BaseException):
 
 @pytest.mark.parametrize("remove", [lambda run: remove_newer(run, 2), tidy])
 def test_a_checkpoint_whose_removal_was_killed_no_longer_counts(
-    remove: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    remove: Callable[[Location], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Neither the best nor the newest one once the run has gone on from number 2.
     kept, removed = _lay_down(tmp_path, 2, _progress(0.9)), _lay_down(tmp_path, 3, _progress(0.9, 0.5))
     if remove is tidy:
         kept = _lay_down(tmp_path, 4, _progress(0.9, 0.5, 0.4))
 
-    def killed(path: Path) -> None:
+    def killed(path: Location) -> None:
         raise _Killed
 
-    monkeypatch.setattr(checkpoints, "remove_any", killed)
+    monkeypatch.setattr(Location, "remove_tree", killed)
     with pytest.raises(_Killed):
-        remove(tmp_path)
+        remove(locate(tmp_path))
     assert any(path.name != ABOUT_FILE for path in removed.iterdir())
-    assert kept in [saved.path for saved in saved_checkpoints(tmp_path)]
-    assert len(saved_checkpoints(tmp_path)) < len(list(tmp_path.glob("checkpoint_*/")))
+    assert locate(kept) in [saved.path for saved in saved_checkpoints(locate(tmp_path))]
+    assert len(saved_checkpoints(locate(tmp_path))) < len(list(tmp_path.glob("checkpoint_*/")))
 
 
 def test_a_checkpoint_that_cannot_be_taken_away_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _lay_down(tmp_path, 1, _progress(0.9))
 
-    def refused(path: Path, missing_ok: bool = False) -> None:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    def refused(path: str) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
-    monkeypatch.setattr(Path, "unlink", refused)
+    monkeypatch.setattr(os, "unlink", refused)
     with pytest.raises(UsageError, match=r"checkpoint_000001_\w+: cannot be written \(Permission denied\)"):
-        remove_newer(tmp_path, 0)
+        remove_newer(locate(tmp_path), 0)
 
 
 def test_the_last_good_checkpoint_has_finite_weights(tmp_path: Path) -> None:
     good = _lay_down(tmp_path, 1, _progress(0.9))
     _lay_down(tmp_path, 2, _progress(0.9, partial=True), value=float("nan"))
-    assert last_good(tmp_path) == Saved.open(good)
+    assert last_good(locate(tmp_path)) == Saved.open(locate(good))
 
 
 def test_a_checkpoint_within_an_epoch_cannot_be_taken_for_a_finished_one() -> None:
@@ -261,12 +262,12 @@ def fake_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Ray]:
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
-    (tmp_path / "request.json").write_text("{}")
+    (tmp_path / "request.json").write_text('{"id": "1"}')
     return tmp_path
 
 
 def _writer(run: Path, rank: int = 0, number: int = 0) -> CheckpointWriter:
-    return CheckpointWriter(run, CONFIG, "resident", rank, 1, number)
+    return CheckpointWriter(locate(run), "1", CONFIG, "resident", rank, 1, number)
 
 
 @pytest.fixture
@@ -288,10 +289,10 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(r
     then = _weights(learner)
     _writer(run_folder, number=6).save(learner, _progress(0.9))
     _step(learner)
-    assert saved_checkpoints(run_folder) == []
+    assert saved_checkpoints(locate(run_folder)) == []
     slow_disk.set()
     fake_ray.wait()
-    (saved,) = saved_checkpoints(run_folder)
+    (saved,) = saved_checkpoints(locate(run_folder))
     assert (saved.number, saved.world_size, saved.ingest, saved.device, saved.progress) == (7, 1, "resident", "cpu", _progress(0.9))
     assert _equal(saved.weights(), then)
     assert not _equal(_weights(learner), then)
@@ -308,7 +309,7 @@ def test_there_is_one_copy_in_memory_at_most(run_folder: Path, fake_ray: _Ray, s
     slow_disk.set()
     second.join(60)
     fake_ray.wait()
-    assert [saved.number for saved in saved_checkpoints(run_folder)] == [1, 2]
+    assert [saved.number for saved in saved_checkpoints(locate(run_folder))] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -327,7 +328,7 @@ def test_a_restored_learner_goes_on_bitwise(settings: dict[str, Any], run_folder
     _step(learner)
     other = _learner(config)
     _step(other)
-    (saved,) = saved_checkpoints(run_folder)
+    (saved,) = saved_checkpoints(locate(run_folder))
     restore(other, saved, rank=0)
     _step(other)
     assert _equal(_weights(other), _weights(learner))
@@ -352,7 +353,7 @@ def test_a_full_disk_is_one_line_that_names_the_folder_and_leaves_the_checkpoint
     assert [str(error) for error in fake_ray.errors] == [
         f"{run_folder}: a checkpoint cannot be written (No space left on device); make room there and repeat the command"
     ]
-    assert [saved.number for saved in saved_checkpoints(run_folder)] == [1]
+    assert [saved.number for saved in saved_checkpoints(locate(run_folder))] == [1]
     assert [path.name for path in run_folder.glob("checkpoint_000002_*/*")] == []
     with pytest.raises(CheckpointError, match="cannot be written"):
         writer.save(learner, _progress(0.9, 0.5, 0.4))
@@ -361,14 +362,14 @@ def test_a_full_disk_is_one_line_that_names_the_folder_and_leaves_the_checkpoint
 def test_every_worker_adds_its_part(run_folder: Path, fake_ray: _Ray, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "urandom", lambda count: bytes(count))
     learner = _learner()
-    writers = [CheckpointWriter(run_folder, CONFIG, "stream", rank, 2, 0) for rank in range(2)]
+    writers = [CheckpointWriter(locate(run_folder), "1", CONFIG, "stream", rank, 2, 0) for rank in range(2)]
     writers[0].save(learner, _progress(0.9))
     fake_ray.wait()
-    assert saved_checkpoints(run_folder) == []
+    assert saved_checkpoints(locate(run_folder)) == []
     writers[1].save(learner, _progress(0.9))
     fake_ray.wait()
-    (saved,) = saved_checkpoints(run_folder)
-    assert {path.name for path in saved.path.iterdir()} == {WEIGHTS_FILE, STATE_FILE, ABOUT_FILE, "rank0.pt", "rank1.pt"}
+    (saved,) = saved_checkpoints(locate(run_folder))
+    assert {entry.name for entry in saved.path.entries()} == {WEIGHTS_FILE, STATE_FILE, ABOUT_FILE, "rank0.pt", "rank1.pt"}
 
 
 def test_a_folder_that_is_not_the_run_s_is_not_written_to(tmp_path: Path, fake_ray: _Ray) -> None:
@@ -385,7 +386,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_noticed_beforehand(tmp_path: Pa
 
     def with_free(free: int, total: int = 2**40) -> str | None:
         monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free, total=total))
-        return lacking_room(tmp_path, learner)
+        return lacking_room(locate(tmp_path), learner)
 
     assert with_free(3 * weights) is None
     assert with_free(0, total=0) is None

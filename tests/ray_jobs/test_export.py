@@ -103,7 +103,7 @@ def test_an_engine_says_what_torch_says_in_any_batch_and_view(bundle: Bundle, na
     assert expected.std() > 1e-3
     for batch_size in (1, 3, 7):
         np.testing.assert_allclose(probabilities(bundle, name, batch_size), expected, rtol=0, atol=1e-5)
-    views = Bundle(bundle.path, bundle.manifest.model_copy(update={"tta": 8}))
+    views = Bundle(bundle.path, bundle.manifest.model_copy(update={"tta": 8}), bundle.where)
     np.testing.assert_allclose(probabilities(views, name, 3), probabilities(views, "torch", 7), rtol=0, atol=1e-5)
     assert Predictor(bundle, engine=name).logits(patches[:0]).shape == (0,)
 

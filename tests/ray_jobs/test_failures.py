@@ -1,4 +1,3 @@
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -6,8 +5,9 @@ import pytest
 
 from ray_jobs.failures import training_error
 from sentinode.errors import SentinodeError, StorageError, TrainingError
+from sentinode.locations import locate
 
-RUN = Path("/runs/run7")
+RUN = locate("/runs/run7")
 
 
 def _raised_in_workers(**errors: Exception) -> Exception:

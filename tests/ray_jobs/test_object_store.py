@@ -1,20 +1,28 @@
-"""Jobs read a data set that lies in an object store as they read one on disk."""
+"""Jobs read from an object store and write to it what they read and write on disk."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 
+from ray_jobs.checkpoints import saved_checkpoints
 from ray_jobs.evaluate import evaluate
-from ray_jobs.predict import predict
-from ray_jobs.train import train
-from sentinode.config import EvaluateConfig, PredictConfig, TrainConfig
+from ray_jobs.predict import _open_work_in_store, _plan, predict
+from ray_jobs.predict_inputs import open_inputs
+from ray_jobs.predict_parts import PartNote, Work
+from ray_jobs.tracking import recorded_steps
+from ray_jobs.train import TrainResult, train
+from ray_jobs.tune import tune
+from sentinode.bundle import Bundle
+from sentinode.config import EvaluateConfig, PredictConfig, SweepConfig, TrainConfig, load_config
 from sentinode.dataset import PreparedDataset
-from sentinode.errors import ConfigError
+from sentinode.errors import UsageError
 from sentinode.locations import locate
 from sentinode.publishing import publish
-from sentinode.storage import write_json
+from sentinode.storage import json_bytes, write_json
+from sentinode.verify import verify_folder
 from tests.factories import make_bundle
+from tests.ray_jobs.conftest import QUICK
 
 pytestmark = pytest.mark.ray
 
@@ -40,10 +48,31 @@ def test_a_model_is_trained_on_a_data_set_in_an_object_store(ray_session: None, 
     assert not train(config, in_store, tmp_path / "run").already_complete
 
 
-def test_outputs_of_jobs_stay_on_disk(ray_session: None, dataset: PreparedDataset, s3_folder: str, tmp_path: Path) -> None:
-    bundle = make_bundle(tmp_path / "bundle").path
-    with pytest.raises(ConfigError, match="s3:// is not supported yet for this; use a local path or a mounted shared folder"):
-        evaluate(EvaluateConfig(), bundle, dataset.location.local, f"{s3_folder}/report")
+def test_a_run_in_an_object_store_is_that_on_disk(ray_session: None, free_cpus: None, in_store: str, trained: TrainResult) -> None:
+    out = f"{in_store}/run"
+    result = train(TrainConfig(**QUICK, workers=2), in_store, out)
+    assert result.bundle.manifest.digest == trained.bundle.manifest.digest
+    assert str(result.bundle.where) == f"{out}/bundle"
+    assert verify_folder(f"{out}/bundle") == ("model bundle", [])
+    # Two checkpoints at most, events, nothing of what was on the way.
+    kept = {entry.name for entry in locate(out).entries() if not entry.name.startswith(".")}
+    assert {name.split("_")[0] for name in kept} == {"bundle", "checkpoint", "request.json", "tensorboard"}
+    assert 1 <= len(saved_checkpoints(locate(out))) <= 2
+    assert recorded_steps(locate(out) / "tensorboard") == {1, 2}
+    assert train(TrainConfig(**QUICK, workers=2), in_store, out).already_complete
+
+
+def test_a_sweep_in_an_object_store_is_that_on_disk(
+    ray_session: None, free_cpus: None, dataset: PreparedDataset, in_store: str, tmp_path: Path
+) -> None:
+    base = {key: value for key, value in QUICK.items() if key != "learning_rate"} | {"use_gpu": False}
+    config = SweepConfig(space={"learning_rate": {"grid": [1e-4, 1e-3]}}, base=base, trials=1)
+    stored, same = tune(config, in_store, f"{in_store}/sweep"), tune(config, dataset.path, tmp_path / "sweep")
+    assert stored.bundle.manifest.digest == same.bundle.manifest.digest
+    assert [trial.epochs[-1]["val_loss"] for trial in stored.trials] == [trial.epochs[-1]["val_loss"] for trial in same.trials]
+    assert {"trials.csv", "best.yaml", "report.html", "trials.jsonl"} <= {entry.name for entry in locate(f"{in_store}/sweep").entries()}
+    again = train(load_config(TrainConfig, [f"{in_store}/sweep/best.yaml"]), in_store, f"{in_store}/again")
+    assert again.bundle.manifest.digest == stored.bundle.manifest.digest
 
 
 @pytest.mark.slow
@@ -54,3 +83,28 @@ def test_patches_of_a_data_set_in_an_object_store_are_predicted(ray_session: Non
     )
     assert predicted.manifest.source == in_store
     assert [part.sha256 for part in predicted.manifest.parts] == [part.sha256 for part in same.manifest.parts]
+
+
+def test_an_interrupted_prediction_in_an_object_store_continues(
+    ray_session: None, free_cpus: None, dataset: PreparedDataset, s3_folder: str, tmp_path: Path
+) -> None:
+    bundle, out = make_bundle(tmp_path / "bundle").path, f"{s3_folder}/predictions"
+    source, config = dataset.location.local, PredictConfig(rows_per_part=20)
+    parts = len(predict(config, bundle, source, tmp_path / "same").manifest.parts)
+    whole = predict(config, bundle, source, out)
+    assert verify_folder(out) == ("folder of predictions", [])
+    assert not (locate(out) / "_work").exists()
+    # As a kill leaves it: plan and all notes but one, no manifest.
+    work = Work.in_store(locate(out))
+    _open_work_in_store(locate(out), "", _plan(config, Bundle.open(bundle), open_inputs(str(source))), open_inputs(str(source)), config)
+    for number, part in enumerate(whole.manifest.parts[1:], start=1):
+        note = PartNote(part=part, errors=0, engine="torch", device="cpu")
+        work.note(number).write_bytes(json_bytes(note.model_dump(mode="json")))
+    (locate(out) / "_manifest.json").remove()
+    with pytest.raises(UsageError, match=r"holds unfinished work of another command \(other rows_per_part\); remove it or use another --out"):
+        predict(PredictConfig(rows_per_part=30), bundle, source, out)
+    again = predict(config, bundle, source, out)
+    assert again.predicted == 20
+    assert len(again.manifest.parts) == parts
+    assert [part.sha256 for part in again.manifest.parts] == [part.sha256 for part in whole.manifest.parts]
+    assert predict(config, bundle, source, out).already_complete

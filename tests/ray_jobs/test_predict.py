@@ -225,10 +225,10 @@ def test_batches_are_filled_across_what_could_be_read(sizes: list[int]) -> None:
 
 
 def test_decoding_goes_on_while_the_network_works_and_stays_a_batch_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, bundle, work = _folder(tmp_path / "source", 40), make_bundle(tmp_path / "bundle"), Work(tmp_path / "work")
+    source, bundle, work = _folder(tmp_path / "source", 40), make_bundle(tmp_path / "bundle"), Work.on_disk(tmp_path / "staging", "work")
     inputs = open_inputs(str(source))
-    work.data.mkdir(parents=True)
-    pq.write_table(inputs.table, work.inputs)
+    work.data.local.mkdir(parents=True)
+    pq.write_table(inputs.table, work.inputs.local)
     begun: list[int] = []
     second = threading.Event()
     original = predict_parts._read_slice
@@ -355,7 +355,7 @@ def predicted(without_ray: list[int], tmp_path: Path) -> Callable[[Path], Predic
 
 def test_a_submission_has_a_line_per_input(predicted: Callable[[Path], PredictResult], tmp_path: Path) -> None:
     result = predicted(_folder(tmp_path / "source", 9))
-    write_submission(result, tmp_path / "submission.csv")
+    write_submission(result, locate(tmp_path / "submission.csv"))
     lines = list(csv.reader(io.StringIO((tmp_path / "submission.csv").read_text())))
     assert lines[0] == ["id", "label"]
     assert {id_: float(label) for id_, label in lines[1:]} == {row["id"]: row["probability"] for row in _rows(result)}
@@ -380,7 +380,7 @@ def test_what_kaggle_would_not_take_is_not_written(
     (source / name).write_bytes((source / "deep" / "p001.png").read_bytes() if content is None else content)
     result = predicted(source)
     with pytest.raises(SentinodeError, match=said) as refused:
-        write_submission(result, tmp_path / "submission.csv")
+        write_submission(result, locate(tmp_path / "submission.csv"))
     assert refused.value.exit_code == 1
     assert not (tmp_path / "submission.csv").exists()
     assert verify_folder(result.path)[1] == []

@@ -4,14 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from ray_jobs.run_folder import RunRequest, is_run
+from ray_jobs.run_folder import RunRequest, problem_with
 from sentinode.config import SweepConfig, TrainConfig
 from sentinode.errors import StorageError, UsageError
+from sentinode.locations import Location, locate
 from sentinode.storage import temporary_name
 
 
 def _request(folder: Path, *, fingerprint: str = "a", folds: int | None = None, verb: str = "train", **settings: object) -> RunRequest:
-    return RunRequest(folder, verb, TrainConfig(**settings), fingerprint, folds)
+    return RunRequest(locate(folder), verb, TrainConfig(**settings), fingerprint, folds)
 
 
 def test_a_free_folder_is_claimed_and_found_again(tmp_path: Path) -> None:
@@ -32,7 +33,7 @@ def test_what_does_not_change_the_result_may_change(tmp_path: Path, settings: di
 
 
 def _sweep(folder: Path, **base: object) -> RunRequest:
-    return RunRequest(folder, "tune", SweepConfig(space={"learning_rate": {"loguniform": [1e-4, 1e-2]}}, base=base), "a", None)
+    return RunRequest(locate(folder), "tune", SweepConfig(space={"learning_rate": {"loguniform": [1e-4, 1e-2]}}, base=base), "a", None)
 
 
 def test_what_does_not_change_a_sweep_s_result_may_change_in_its_base_too(tmp_path: Path) -> None:
@@ -46,9 +47,9 @@ def test_a_folder_has_one_id_for_as_long_as_it_is_there(tmp_path: Path) -> None:
     run_id = _request(tmp_path / "run").claim()
     assert _request(tmp_path / "run", max_failures=9).claim() == run_id
     other = _request(tmp_path / "other").claim()
-    assert is_run(tmp_path / "run", run_id)
-    assert not is_run(tmp_path / "other", run_id)
-    assert not is_run(tmp_path / "none", other)
+    assert problem_with(locate(tmp_path / "run"), run_id) is None
+    assert "is not the same folder on every node" in str(problem_with(locate(tmp_path / "other"), run_id))
+    assert "is not the same folder on every node" in str(problem_with(locate(tmp_path / "none"), other))
 
 
 def test_a_claim_that_was_killed_can_be_repeated(tmp_path: Path) -> None:
@@ -92,9 +93,9 @@ def test_a_damaged_request_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_not_taken_for_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, content: object) -> None:
+    def full(path: Location, data: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr("ray_jobs.run_folder.write_json", full)
+    monkeypatch.setattr(Location, "write_bytes", full)
     with pytest.raises(StorageError, match=r"run: cannot be written \(No space left on device\); make room there and repeat"):
         _request(tmp_path / "run").claim()

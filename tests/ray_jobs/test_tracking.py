@@ -8,7 +8,9 @@ import pytest
 from ray_jobs.tracking import EventFile, RunFacts, Tracking, check_trackers, recorded_steps, store_uri, tracking
 from sentinode.config import TrainConfig
 from sentinode.errors import StoppedError, UsageError
+from sentinode.locations import locate
 
+HERE = locate("/run")
 FACTS = RunFacts("run7", TrainConfig(learning_rate=3e-4).model_dump(mode="json"), {"data_fingerprint": "f" * 64, "git_commit": "c" * 40})
 
 
@@ -18,7 +20,7 @@ def _record(epoch: int, loss: float = 0.5) -> dict[str, Any]:
 
 
 def _follow(folder: Path, epochs: list[int], trackers: tuple[str, ...] = ("tensorboard",)) -> None:
-    with tracking(TrainConfig(trackers=trackers), folder, FACTS) as run:
+    with tracking(TrainConfig(trackers=trackers), locate(folder), FACTS) as run:
         for epoch in epochs:
             run.add(_record(epoch, loss=1 / (epoch + 2)))
         run.end("finished", {"bundle_digest": "d" * 64})
@@ -58,19 +60,19 @@ def test_a_run_that_goes_on_appends_and_repeats_no_epoch(tmp_path: Path) -> None
 
 
 def test_a_record_torn_by_a_kill_is_written_anew(tmp_path: Path) -> None:
-    events = EventFile(tmp_path / "tensorboard", FACTS)
+    events = EventFile(locate(tmp_path / "tensorboard"), FACTS)
     for step in (1, 2):
         events.epoch(step, {"val_loss": 0.5, "train_loss": 1 / (step + 1)})
     (path,) = (tmp_path / "tensorboard").iterdir()
     path.write_bytes(path.read_bytes()[:-3])
-    assert recorded_steps(tmp_path / "tensorboard") == {1}
+    assert recorded_steps(locate(tmp_path / "tensorboard")) == {1}
     _follow(tmp_path, [0, 1, 2])
     assert _scalars(tmp_path, "loss/train") == [(1, 1 / 2), (2, 1 / 3), (3, 1 / 4)]
 
 
 @pytest.mark.parametrize(("error", "status"), [(StoppedError("x"), "stopped"), (ValueError("x"), "failed")])
 def test_how_a_run_ended_is_recorded(error: Exception, status: str, tmp_path: Path) -> None:
-    with pytest.raises(type(error)), tracking(TrainConfig(), tmp_path, FACTS):
+    with pytest.raises(type(error)), tracking(TrainConfig(), locate(tmp_path), FACTS):
         raise error
     assert f"status: {status}" in _texts(tmp_path)["end/text_summary"]
 
@@ -108,7 +110,7 @@ def test_mlflow_holds_one_run_with_each_epoch_once_the_configuration_the_fingerp
     from mlflow import MlflowClient
 
     folder, _ = mlflow_run
-    client = MlflowClient(tracking_uri=store_uri(TrainConfig(), folder))
+    client = MlflowClient(tracking_uri=store_uri(TrainConfig(), locate(folder)))
     experiment = client.get_experiment_by_name("sentinode")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
@@ -169,20 +171,20 @@ def test_a_tracker_that_hangs_holds_nobody_up(capsys: pytest.CaptureFixture[str]
 
 def test_mlflow_without_its_extra_is_wrong_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    check_trackers(TrainConfig())
+    check_trackers(TrainConfig(), HERE)
     with pytest.raises(UsageError, match=r"pip install 'sentinode\[mlflow\]'"):
-        check_trackers(TrainConfig(trackers=("mlflow",)))
+        check_trackers(TrainConfig(trackers=("mlflow",)), HERE)
 
 
 def test_a_password_in_the_uri_is_refused_without_being_repeated() -> None:
     with pytest.raises(UsageError, match="MLFLOW_TRACKING_PASSWORD") as raised:
-        check_trackers(TrainConfig(trackers=("mlflow",), mlflow_uri="https://me:secret@server"))
+        check_trackers(TrainConfig(trackers=("mlflow",), mlflow_uri="https://me:secret@server"), HERE)
     assert "secret" not in str(raised.value)
 
 
 def test_the_store_is_the_configured_one_then_the_environment_s_then_a_file_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
-    assert store_uri(TrainConfig(mlflow_uri=str(tmp_path / "all.db")), tmp_path) == f"sqlite:///{tmp_path}/all.db"
-    assert store_uri(TrainConfig(), tmp_path) == "http://server:5000"
+    assert store_uri(TrainConfig(mlflow_uri=str(tmp_path / "all.db")), locate(tmp_path)) == f"sqlite:///{tmp_path}/all.db"
+    assert store_uri(TrainConfig(), locate(tmp_path)) == "http://server:5000"
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert store_uri(TrainConfig(), tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert store_uri(TrainConfig(), locate(tmp_path)) == f"sqlite:///{tmp_path}/mlflow.db"

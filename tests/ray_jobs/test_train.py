@@ -14,6 +14,7 @@ from sentinode.bundle import Bundle
 from sentinode.config import TrainConfig
 from sentinode.dataset import PreparedDataset
 from sentinode.errors import CapacityError, TrainingError, UsageError
+from sentinode.locations import locate
 from sentinode.model import build_model
 from sentinode.training import Progress
 from tests.factories import make_dataset
@@ -38,7 +39,7 @@ def test_the_run_keeps_the_best_and_the_last_checkpoint_only(trained: TrainResul
 
 
 def test_the_bundle_holds_the_weights_of_the_best_epoch(trained: TrainResult) -> None:
-    kept = best_checkpoint(folder_of(trained))
+    kept = best_checkpoint(locate(folder_of(trained)))
     assert kept is not None
     weights, progress = kept
     stored = trained.bundle.read_weights()
@@ -289,6 +290,6 @@ def test_a_run_on_gpus_is_stopped_within_an_epoch_and_goes_on(dataset: PreparedD
     again = sentinode(*argv, ray_address=None)
     assert again.returncode == 0, again.stderr
     assert " on cuda, continuing " in again.stdout
-    _, last = best_and_last(tmp_path / "run")
+    _, last = best_and_last(locate(tmp_path / "run"))
     assert last is not None
     assert [record["rows"] for record in last.progress.history] == [dataset.manifest.counts["train"].rows] * 20

@@ -12,6 +12,7 @@ from sentinode.bundle import Bundle
 from sentinode.config import SweepConfig, TrainConfig, load_config
 from sentinode.dataset import PreparedDataset
 from sentinode.errors import CapacityError, UsageError
+from sentinode.locations import locate
 from sentinode.search.journal import Journal
 from tests.ray_jobs.conftest import QUICK, wait_until_all_free
 
@@ -143,7 +144,7 @@ def test_trials_with_two_workers_end_in_order_when_they_are_stopped(
         max_concurrent_trials=1,
     )
     result = tune(config, dataset.path, tmp_path / "sweep")
-    assert [(trial.status, len(trial.epochs)) for trial in Journal(tmp_path / "sweep").trials] == [("finished", 3), ("stopped", 1)]
+    assert [(trial.status, len(trial.epochs)) for trial in Journal(locate(tmp_path / "sweep")).trials] == [("finished", 3), ("stopped", 1)]
     assert result.bundle.manifest.training_config["workers"] == 2
     # Stopped at its first epoch, it has begun no second one.
     assert [path.name.split("_")[1] for path in (tmp_path / "sweep" / "trials" / "00001").glob("checkpoint_*/")] == ["000001"]

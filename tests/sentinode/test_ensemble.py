@@ -44,7 +44,7 @@ def with_data(bundle: Bundle, dataset: PreparedDataset, fold: int | None, **conf
     """The bundle as if it had been trained on a fold of a data set."""
     data = DataReference(fingerprint=dataset.manifest.fingerprint, split_method="overlap", leak_level="pixels", fold=fold, notes=[])
     changes = {"data": data, "training_config": bundle.manifest.training_config | {"fold": fold} | config}
-    return Bundle(bundle.path, bundle.manifest.model_copy(update=changes))
+    return Bundle(bundle.path, bundle.manifest.model_copy(update=changes), bundle.where)
 
 
 @pytest.fixture(scope="module")

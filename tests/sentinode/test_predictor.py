@@ -12,6 +12,7 @@ from sentinode.bundle import Bundle, write_bundle
 from sentinode.config import IMAGENET_MEAN, IMAGENET_STD, TrainConfig
 from sentinode.errors import ManifestError, PatchError, UsageError
 from sentinode.images import UInt8Array
+from sentinode.locations import locate
 from sentinode.manifests import ReferenceStatistics, ThresholdRule
 from sentinode.predictor import Predictor
 from sentinode.probability import calibrated_probability
@@ -194,6 +195,6 @@ def test_weights_that_are_not_those_of_the_architecture_are_one_line(tmp_path: P
 
 def test_an_engine_that_is_not_there_is_refused_instead_of_replaced(predictor: Predictor) -> None:
     assert predictor.engine == "torch"
-    bundle = Bundle(Path(), predictor.manifest)
+    bundle = Bundle(Path(), predictor.manifest, locate("."))
     with pytest.raises(UsageError, match="engine onnx: expected one of auto, torch"):
         Predictor(bundle, engine="onnx")

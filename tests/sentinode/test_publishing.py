@@ -161,13 +161,13 @@ def test_a_work_folder_that_others_laid_out_is_refused(tmp_path: Path, monkeypat
     else:
         folder.mkdir(0o700)
         folder.chmod(0o755 if trap == "open" else 0o700)
-    with pytest.raises(UsageError, match="chmod 700" if trap == "open" else "somebody else's or a link; name a folder with --work"):
+    with pytest.raises(UsageError, match="chmod 700" if trap == "open" else "somebody else's or a link; name another one with --work"):
         staging_of(locate("s3://a/data"))
 
 
 def test_temporary_files_that_cannot_be_written_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
-    with pytest.raises(UsageError, match=r"cannot be used for the work \(No such file or directory\); name a folder with --work"):
+    with pytest.raises(UsageError, match=r"cannot be used \(No such file or directory\); name another one with --work"):
         staging_of(locate("s3://a/data"))
 
 

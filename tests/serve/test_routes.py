@@ -101,7 +101,7 @@ def test_colours_unlike_those_validated_on_are_a_reason_to_look(bundle: Bundle) 
     reference = bundle.manifest.reference.model_copy(update={"patch_colour_low": (0.5, 0.3, 0.4), "patch_colour_high": (0.9, 0.8, 0.9)})
     manifest = bundle.manifest.model_copy(update={"reference": reference})
     config = ServeConfig(auth="none", engine="torch")
-    with TestClient(create_http_app(InProcess(Predictor(Bundle(bundle.path, manifest))), manifest, config)) as client:
+    with TestClient(create_http_app(InProcess(Predictor(Bundle(bundle.path, manifest, bundle.where))), manifest, config)) as client:
         for colour, reasons in (((180, 120, 170), []), ((60, 160, 60), ["unusual_colours"])):
             patch = np.clip(np.random.default_rng(0).normal(colour, 10, (96, 96, 3)), 0, 255).astype(np.uint8)
             answer = client.post("/predict", files={"file": ("p", encode(patch))}).json()

@@ -12,6 +12,7 @@ from ray_jobs.sweep.progress import SweepProgress
 from ray_jobs.sweep.rule import Rule, Verdict
 from ray_jobs.sweep.trial import Job
 from sentinode.errors import StorageError
+from sentinode.locations import locate
 from sentinode.search.journal import Journal
 from sentinode.search.point_sources import point_source
 from tests.ray_jobs.sweep.sweeps import sweep_config
@@ -34,11 +35,11 @@ def everything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def course_of(folder: Path, said: list[str] | None = None, limit: int = 1, folds: list[int] | None = None, **changes: Any) -> Course:
     config = sweep_config(**GRID | changes)
-    journal, source = Journal(folder), point_source(config)
+    journal, source = Journal(locate(folder)), point_source(config)
     progress = SweepProgress(
         config.metric, journal, source.total + config.repeats * config.repeat_top, 4, limit, ([] if said is None else said).append
     )
-    return Course(config, folder, journal, source, limit=limit, epochs=4, folds=folds, seed=42, progress=progress, trackers=NoTrackers())  # type: ignore[arg-type]
+    return Course(config, locate(folder), journal, source, limit=limit, epochs=4, folds=folds, seed=42, progress=progress, trackers=NoTrackers())  # type: ignore[arg-type]
 
 
 def told(epoch: int, value: float | None, *, last: bool = False, fold: int | None = None, fold_over: bool | None = None) -> dict[str, Any]:
@@ -75,7 +76,7 @@ ASHA = {"scheduler": {"kind": "asha", "grace_period_epochs": 1, "reduction_facto
 def test_a_trial_that_is_worse_than_the_better_half_at_a_rung_is_stopped(tmp_path: Path) -> None:
     course = course_of(tmp_path, **ASHA)
     assert play(course, CURVES, 3) == [(0, 4), (1, 4), (2, 1)]
-    assert [trial.status for trial in Journal(tmp_path).trials] == ["finished", "finished", "stopped"]
+    assert [trial.status for trial in Journal(locate(tmp_path)).trials] == ["finished", "finished", "stopped"]
     with pytest.raises(StopIteration):
         course.next_job()
 
@@ -85,17 +86,17 @@ def test_a_sweep_that_was_killed_after_any_event_ends_as_an_undisturbed_one(tmp_
     whole = tmp_path / "whole"
     whole.mkdir()
     play(course_of(whole, **ASHA, repeats=1, repeat_top=1), CURVES, 4)
-    expected = [(trial.status, len(trial.epochs), trial.kind, trial.seed) for trial in Journal(whole).trials]
+    expected = [(trial.status, len(trial.epochs), trial.kind, trial.seed) for trial in Journal(locate(whole)).trials]
     killed = tmp_path / "killed"
     killed.mkdir()
     text = (whole / "trials.jsonl").read_bytes()
     (killed / "trials.jsonl").write_bytes(b"".join(text.splitlines(keepends=True)[:lines]))
-    ended = sum(trial.status != "running" for trial in Journal(killed).trials)
+    ended = sum(trial.status != "running" for trial in Journal(locate(killed)).trials)
     course = course_of(killed, **ASHA, repeats=1, repeat_top=1)
     # A trial that was stopped, and killed before that was written, is not begun again.
     ended = max(ended, sum(trial.status != "running" for trial in course._journal.trials))
     play(course, CURVES, 4 - ended)
-    assert [(trial.status, len(trial.epochs), trial.kind, trial.seed) for trial in Journal(killed).trials] == expected
+    assert [(trial.status, len(trial.epochs), trial.kind, trial.seed) for trial in Journal(locate(killed)).trials] == expected
     assert (killed / "trials.jsonl").read_bytes().startswith(b"".join(text.splitlines(keepends=True)[:lines]))
 
 
@@ -125,7 +126,7 @@ def test_an_epoch_that_is_told_again_after_a_node_was_lost_changes_nothing(tmp_p
     course.began_again(job.number)
     assert course.hear(job.number, told(0, 0.7))
     assert course.hear(job.number, told(1, 0.7))
-    (trial,) = Journal(tmp_path).trials
+    (trial,) = Journal(locate(tmp_path)).trials
     assert ([record["epoch"] for record in trial.epochs], len(trial.starts)) == ([0, 1], 2)
 
 
@@ -151,7 +152,7 @@ def test_what_no_trial_could_go_on_with_ends_the_sweep_and_fails_no_trial(tmp_pa
     course.ended(first.number, {"done": True, "broken": "the disk is full"})
     assert isinstance(course.broken, StorageError)
     course.ended(second.number, told(0, 0.7))
-    assert [trial.status for trial in Journal(tmp_path).trials] == ["running", "running"]
+    assert [trial.status for trial in Journal(locate(tmp_path)).trials] == ["running", "running"]
     with pytest.raises(StopIteration):
         course.next_job()
 
@@ -189,7 +190,7 @@ def test_with_folds_a_trial_is_judged_after_each_fold_by_the_mean_so_far(tmp_pat
                 result = told(1, values[fold], fold=fold, fold_over=True, last=fold == 1)
                 goes_on = course.hear(job.number, result)
         course.ended(job.number, result)
-        decisions.append([trial.status for trial in Journal(tmp_path).trials][-1])
+        decisions.append([trial.status for trial in Journal(locate(tmp_path)).trials][-1])
     assert decisions == ["finished", "stopped", "finished"]
 
 
@@ -230,7 +231,7 @@ def test_trials_of_different_lengths_are_judged_alike_whenever_the_sweep_was_kil
     whole = tmp_path / "whole"
     whole.mkdir()
     play(course_of(whole, **scheduler), UNEVEN, 4)
-    expected = [(trial.status, len(trial.epochs)) for trial in Journal(whole).trials]
+    expected = [(trial.status, len(trial.epochs)) for trial in Journal(locate(whole)).trials]
     assert {status for status, _ in expected} == {"finished", "stopped"}
     text = (whole / "trials.jsonl").read_bytes().splitlines(keepends=True)
     for lines in range(1, len(text) + 1):
@@ -239,7 +240,7 @@ def test_trials_of_different_lengths_are_judged_alike_whenever_the_sweep_was_kil
         (killed / "trials.jsonl").write_bytes(b"".join(text[:lines]))
         course = course_of(killed, **scheduler)
         play(course, UNEVEN, 4 - sum(trial.status != "running" for trial in course._journal.trials))
-        assert [(trial.status, len(trial.epochs)) for trial in Journal(killed).trials] == expected, lines
+        assert [(trial.status, len(trial.epochs)) for trial in Journal(locate(killed)).trials] == expected, lines
 
 
 def test_a_trial_that_was_killed_after_its_last_epoch_is_finished_not_stopped(tmp_path: Path) -> None:
@@ -264,7 +265,7 @@ def test_an_ended_trial_whose_checkpoints_are_whole_trains_nothing_more(tmp_path
     # Nor is an epoch taken in that it was not to train.
     assert not course.hear(2, told(1, 0.99))
     course.ended(2, told(1, 0.99))
-    assert [trial.status for trial in Journal(tmp_path).trials] == ["finished", "finished", "stopped"]
+    assert [trial.status for trial in Journal(locate(tmp_path)).trials] == ["finished", "finished", "stopped"]
     assert (tmp_path / "trials.jsonl").read_bytes().count(b"0.99") == before.count(b"0.99") == 0
 
 
@@ -276,17 +277,17 @@ def test_what_runs_ends_at_its_next_epoch_when_no_trial_can_go_on(tmp_path: Path
     assert course.hear(second.number, told(0, 0.7))
     course.ended(first.number, {"done": True, "broken": "the disk is full"})
     assert not course.hear(second.number, told(1, 0.8))
-    assert [len(trial.epochs) for trial in Journal(tmp_path).trials] == [0, 2]
+    assert [len(trial.epochs) for trial in Journal(locate(tmp_path)).trials] == [0, 2]
 
 
 def test_only_what_was_trained_to_its_end_is_repeated(tmp_path: Path) -> None:
     course = course_of(tmp_path, **ASHA, repeats=1, repeat_top=2)
     # The last is stopped after an epoch that is better than all of the first's.
     play(course, {1e-4: [0.5] * 4, 1e-3: [0.8] * 4, 1e-2: [0.6] * 4}, 3)
-    assert [trial.status for trial in Journal(tmp_path).trials] == ["finished", "finished", "stopped"]
+    assert [trial.status for trial in Journal(locate(tmp_path)).trials] == ["finished", "finished", "stopped"]
     again = play(course, {1e-4: [0.5] * 4, 1e-3: [0.8] * 4}, 2)
     assert again == [(3, 4), (4, 4)]
-    assert [trial.repeats for trial in Journal(tmp_path).trials] == [None, None, None, 1, 0]
+    assert [trial.repeats for trial in Journal(locate(tmp_path)).trials] == [None, None, None, 1, 0]
 
 
 HALVING = {"scheduler": {"kind": "halving", "grace_period_epochs": 1, "reduction_factor": 2}, "space": MEDIAN["space"]}
@@ -297,7 +298,7 @@ def test_halving_trains_all_to_a_rung_before_any_goes_on(tmp_path: Path) -> None
     course = course_of(tmp_path, **HALVING)
     # Rungs after 1 and 2 epochs: of four trials two go on, of these one.
     assert play(course, FOUR, 9) == [(0, 1), (1, 1), (2, 1), (3, 1), (1, 2), (3, 2), (3, 4)]
-    assert [(trial.status, len(trial.epochs)) for trial in Journal(tmp_path).trials] == [
+    assert [(trial.status, len(trial.epochs)) for trial in Journal(locate(tmp_path)).trials] == [
         ("stopped", 1),
         ("stopped", 2),
         ("stopped", 1),
@@ -309,14 +310,14 @@ def test_halving_ends_alike_whenever_the_sweep_was_killed(tmp_path: Path) -> Non
     whole = tmp_path / "whole"
     whole.mkdir()
     play(course_of(whole, **HALVING), FOUR, 9)
-    expected = [(trial.status, len(trial.epochs)) for trial in Journal(whole).trials]
+    expected = [(trial.status, len(trial.epochs)) for trial in Journal(locate(whole)).trials]
     text = (whole / "trials.jsonl").read_bytes().splitlines(keepends=True)
     for lines in range(1, len(text) + 1):
         killed = tmp_path / f"{lines}"
         killed.mkdir()
         (killed / "trials.jsonl").write_bytes(b"".join(text[:lines]))
         play(course_of(killed, **HALVING), FOUR, 9)
-        assert [(trial.status, len(trial.epochs)) for trial in Journal(killed).trials] == expected, lines
+        assert [(trial.status, len(trial.epochs)) for trial in Journal(locate(killed)).trials] == expected, lines
 
 
 def test_nobody_goes_on_while_others_are_on_their_way_to_the_rung_and_failures_are_not_waited_for(tmp_path: Path) -> None:
@@ -332,7 +333,7 @@ def test_nobody_goes_on_while_others_are_on_their_way_to_the_rung_and_failures_a
     following = course.next_job()
     assert following is not None
     assert (following.number, following.told) == (1, {None: 1})
-    assert [trial.status for trial in Journal(tmp_path).trials] == ["stopped", "running", "stopped", "failed"]
+    assert [trial.status for trial in Journal(locate(tmp_path)).trials] == ["stopped", "running", "stopped", "failed"]
 
 
 def test_optuna_hears_of_what_waits_and_of_what_becomes_of_it(tmp_path: Path) -> None:
@@ -355,7 +356,7 @@ def test_optuna_hears_of_what_waits_and_of_what_becomes_of_it(tmp_path: Path) ->
     whole = tmp_path / "whole"
     whole.mkdir()
     run(whole, course_of(whole, **settings))
-    expected = [(trial.status, len(trial.epochs), trial.point) for trial in Journal(whole).trials]
+    expected = [(trial.status, len(trial.epochs), trial.point) for trial in Journal(locate(whole)).trials]
     assert sorted(count for _, count, _ in expected) == [1, 1, 2, 4]
     text = (whole / "trials.jsonl").read_bytes().splitlines(keepends=True)
     for lines in range(1, len(text)):
@@ -363,4 +364,4 @@ def test_optuna_hears_of_what_waits_and_of_what_becomes_of_it(tmp_path: Path) ->
         killed.mkdir()
         (killed / "trials.jsonl").write_bytes(b"".join(text[:lines]))
         run(killed, course_of(killed, **settings))
-        assert [(trial.status, len(trial.epochs), trial.point) for trial in Journal(killed).trials] == expected, lines
+        assert [(trial.status, len(trial.epochs), trial.point) for trial in Journal(locate(killed)).trials] == expected, lines

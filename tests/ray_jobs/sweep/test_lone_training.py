@@ -17,6 +17,7 @@ from sentinode.config import TrainConfig
 from sentinode.dataset import Patches
 from sentinode.ingest import ResidentRows
 from sentinode.learner import Learner
+from sentinode.locations import locate
 from sentinode.model import build_model, initial_state
 from sentinode.storage import write_json
 from sentinode.training import Interrupted, Progress, Wish
@@ -51,7 +52,7 @@ def initial() -> dict[str, torch.Tensor]:
 def training(folder: Path, told: int = 0, **changes: Any) -> LoneTraining:
     folder.mkdir(exist_ok=True)
     write_json(folder / REQUEST_FILE, {"id": "x"})
-    return LoneTraining(settings(**changes), folder, Rows(), initial, use_gpu=False, told=told)  # type: ignore[arg-type]
+    return LoneTraining(settings(**changes), locate(folder), "x", Rows(), initial, use_gpu=False, told=told)  # type: ignore[arg-type]
 
 
 def numbers(record: dict[str, Any] | None) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def undisturbed() -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    _, last = best_and_last(folder)
+    _, last = best_and_last(locate(folder))
     assert last is not None
     return last.weights()
 
@@ -92,7 +93,7 @@ def test_an_epoch_at_a_time_is_bitwise_the_loop_in_one_go(tmp_path: Path, undist
     lone.close()
     assert same(weights_of(tmp_path / "run"), weights)
     # The best and the newest.
-    assert 1 <= len(saved_checkpoints(tmp_path / "run")) <= 2
+    assert 1 <= len(saved_checkpoints(locate(tmp_path / "run"))) <= 2
 
 
 def test_one_that_begins_again_after_any_epoch_tells_what_was_not_told_and_ends_the_same(tmp_path: Path, undisturbed: Any) -> None:
@@ -127,7 +128,7 @@ def test_a_wish_to_stop_leaves_a_checkpoint_within_the_epoch(tmp_path: Path, und
         with pytest.raises(Interrupted, match="within epoch"):
             lone.next_epoch()
         lone.close()
-    assert best_and_last(tmp_path / "run")[1].progress.partial is not None  # type: ignore[union-attr]
+    assert best_and_last(locate(tmp_path / "run"))[1].progress.partial is not None  # type: ignore[union-attr]
     again = training(tmp_path / "run", len(told))
     assert [numbers(record) for record in iter(again.next_epoch, None)] == history[len(told) :]
     again.close()
@@ -140,20 +141,20 @@ def test_of_a_run_that_nobody_goes_on_with_the_best_weights_are_left(tmp_path: P
     while lone.next_epoch():
         pass
     lone.close()
-    best, _ = best_and_last(folder)
+    best, _ = best_and_last(locate(folder))
     assert best is not None
-    assert is_settled(folder, 3)
-    assert not is_settled(folder, 4)
+    assert is_settled(locate(folder), 3)
+    assert not is_settled(locate(folder), 4)
     expected = best.weights()
-    keep_weights_only(folder)
-    kept, last = best_and_last(folder)
+    keep_weights_only(locate(folder))
+    kept, last = best_and_last(locate(folder))
     assert kept is not None
     assert kept is last
     assert kept.is_weights_only
     assert same(kept.weights(), expected)
-    assert sorted(path.name for path in kept.path.iterdir()) == ["checkpoint.json", "model.safetensors"]
-    keep_weights_only(folder)
-    assert same(best_and_last(folder)[0].weights(), expected)  # type: ignore[union-attr]
+    assert sorted(entry.name for entry in kept.path.entries()) == ["checkpoint.json", "model.safetensors"]
+    keep_weights_only(locate(folder))
+    assert same(best_and_last(locate(folder))[0].weights(), expected)  # type: ignore[union-attr]
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told_at_the_next_one_or_at_the_end(tmp_path: Path) -> None:

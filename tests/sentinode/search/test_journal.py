@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from sentinode.errors import ManifestError, StorageError
+from sentinode.locations import locate
 from sentinode.search.journal import JOURNAL_FILE, Journal, TrialRecord, rank
 
 
@@ -19,7 +20,7 @@ def begin(journal: Journal, **point: Any) -> TrialRecord:
 
 
 def test_what_was_written_is_read_again(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
+    journal = Journal(locate(tmp_path))
     first, second = begin(journal, learning_rate=1e-3), begin(journal, learning_rate=1e-4)
     journal.start(first.number, 1.5, 3.6)
     journal.epoch(first.number, record(0, 0.7))
@@ -27,7 +28,7 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
     journal.epoch(first.number, record(1, 0.9))
     journal.end(first.number, "finished")
     journal.end(second.number, "failed", "a loss is not finite")
-    again = Journal(tmp_path)
+    again = Journal(locate(tmp_path))
     assert again.trials == journal.trials
     assert [trial.name for trial in again.trials] == ["00000", "00001"]
     assert (again.trials[0].value("val_roc_auc"), again.trials[0].image_steps, again.trials[0].train_seconds) == (0.9, 200, 5.0)
@@ -36,40 +37,40 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
 
 
 def test_an_epoch_is_known_by_its_fold_and_number(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
+    journal = Journal(locate(tmp_path))
     begin(journal)
     journal.epoch(0, record(0, 0.7), fold=1, fold_over=True)
-    again = Journal(tmp_path)
+    again = Journal(locate(tmp_path))
     assert (again.knows(0, 0, 1), again.knows(0, 0, None), again.knows(0, 1, 1)) == (True, False, False)
     assert (again.trials[0].epochs[0]["fold_over"], again.trials[0].epochs[0]["last"]) == (True, False)
 
 
 def test_what_happened_keeps_its_order_though_clocks_do_not(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
+    journal = Journal(locate(tmp_path))
     begin(journal)
     journal.epoch(0, record(0, 0.7))
     begin(journal)
     journal.end(0, "finished")
     lines = [json.loads(line) for line in (tmp_path / JOURNAL_FILE).read_text().splitlines()]
     (tmp_path / JOURNAL_FILE).write_text("".join(json.dumps(line | {"at": 100 - number}) + "\n" for number, line in enumerate(lines)))
-    assert Journal(tmp_path).events == journal.events == [("begin", 0), ("epoch", 0), ("begin", 1), ("end", 0)]
+    assert Journal(locate(tmp_path)).events == journal.events == [("begin", 0), ("epoch", 0), ("begin", 1), ("end", 0)]
 
 
 def test_a_line_that_was_torn_at_any_byte_is_passed_over_and_the_sweep_goes_on(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
+    journal = Journal(locate(tmp_path))
     begin(journal, learning_rate=1e-3)
     journal.epoch(0, record(0, 0.7))
     whole = (tmp_path / JOURNAL_FILE).read_bytes()
     last = whole[: whole.rindex(b"\n", 0, -1) + 1]
     for cut in range(len(last), len(whole)):
         (tmp_path / JOURNAL_FILE).write_bytes(whole[:cut])
-        torn = Journal(tmp_path)
+        torn = Journal(locate(tmp_path))
         # All but the end of the line is there: nothing is missing.
         assert len(torn.trials[0].epochs) == (1 if cut == len(whole) - 1 else 0)
         if not torn.knows(0, 0, None):
             torn.epoch(0, record(0, 0.7))
         torn.epoch(0, record(1, 0.8))
-        assert [one["epoch"] for one in Journal(tmp_path).trials[0].epochs] == [0, 1]
+        assert [one["epoch"] for one in Journal(locate(tmp_path)).trials[0].epochs] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -85,15 +86,15 @@ def test_a_line_that_was_torn_at_any_byte_is_passed_over_and_the_sweep_goes_on(t
     ],
 )
 def test_damage_in_the_middle_is_one_line(tmp_path: Path, line: bytes, message: str) -> None:
-    begin(Journal(tmp_path))
+    begin(Journal(locate(tmp_path)))
     path = tmp_path / JOURNAL_FILE
     path.write_bytes(path.read_bytes() + line + path.read_bytes().replace(b'"trial": 0', b'"trial": 1'))
     with pytest.raises(ManifestError, match=message):
-        Journal(tmp_path)
+        Journal(locate(tmp_path))
 
 
 def test_a_full_disk_is_one_line_and_what_was_torn_by_it_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    journal = Journal(tmp_path)
+    journal = Journal(locate(tmp_path))
     begin(journal)
 
     def full(descriptor: int) -> None:

@@ -8,6 +8,7 @@ import yaml
 
 from sentinode.config import SweepConfig
 from sentinode.errors import ConfigError, ManifestError
+from sentinode.locations import locate
 from sentinode.search.journal import Journal
 from sentinode.search.point_sources import point_source
 from sentinode.search.warm_start import kept_warm_start, warm_start
@@ -24,7 +25,7 @@ def earlier(folder: Path, config: SweepConfig, fingerprint: str = "f") -> Path:
     """The folder of a sweep of four trials: values .7, .9 (stopped), failed, .8."""
     folder.mkdir()
     write_json(folder / "request.json", {"id": "x", "verb": "tune", "config": config.model_dump(mode="json"), "data_fingerprint": fingerprint})
-    journal = Journal(folder)
+    journal = Journal(locate(folder))
     for number, (value, status) in enumerate([(0.7, "finished"), (0.9, "stopped"), (None, "failed"), (0.8, "finished")]):
         journal.begin({"learning_rate": 10.0 ** (-2 - number % 3), "unfreeze_depth": number % 2}, kind="search", origin="random", seed=42)
         if value is not None:
@@ -59,15 +60,15 @@ def test_the_best_points_of_an_earlier_sweep_are_tried_first_and_optuna_learns_f
 def test_what_a_sweep_began_with_is_kept_whatever_becomes_of_where_it_was_from(tmp_path: Path) -> None:
     folder, own = earlier(tmp_path / "sweep", sweep()), tmp_path / "own"
     own.mkdir()
-    assert kept_warm_start(own) is None
+    assert kept_warm_start(locate(own)) is None
     started = warm_start(sweep(warm_start=[str(folder)], searcher="optuna"), "f")
-    started.keep(own)
-    warm_start(sweep(warm_start=[str(folder)], warm_start_trials=1), "f").keep(own)
-    assert kept_warm_start(own) == started
+    started.keep(locate(own))
+    warm_start(sweep(warm_start=[str(folder)], warm_start_trials=1), "f").keep(locate(own))
+    assert kept_warm_start(locate(own)) == started
     assert started.known
     (own / "warm_start.json").write_text("{")
     with pytest.raises(ManifestError, match="cannot be read"):
-        kept_warm_start(own)
+        kept_warm_start(locate(own))
 
 
 @pytest.mark.parametrize("other", ["data", "base", "metric"])

@@ -1,0 +1,85 @@
+"""Bundles in an object store are used from copies on the disk of the machine that uses them: one copy for all its processes.
+
+    <temporary files>/sentinode-<user id>/bundles/<address>-<content>/    both as parts of SHA-256 digests
+
+A copy is named by what the store listed, so another bundle at the same address, or one more engine in it, is another copy. Whoever opens a copy
+checks it against its manifest: what is in the temporary folder need not be believed.
+"""
+
+import fcntl
+import hashlib
+import secrets
+from pathlib import Path
+
+from sentinode.errors import StorageError, UsageError
+from sentinode.locations import Entry, Location
+from sentinode.manifests import is_inside, read_bundle_manifest
+from sentinode.storage import canonical_json, remove_any, temporary_folder
+
+
+def local_copy(bundle: Location, *, anew: bool = False) -> Path:
+    """Return a folder of this machine with what a bundle in an object store holds now.
+
+    Parameters
+    ----------
+    bundle : Location
+    anew : bool
+        Do not use a copy that is there already.
+
+    Raises
+    ------
+    ManifestNotFoundError, ManifestError
+        There is no bundle.
+    StorageError
+        The storage does not answer, or there is no room for the copy.
+    UsageError
+        The storage refuses access, or the temporary folder cannot be used.
+    """
+    entries = _entries(bundle)
+    content = canonical_json([(entry.name, entry.size, entry.stamp) for entry in entries])
+    copies = temporary_folder() / "bundles"
+    copy = copies / "-".join(hashlib.sha256(part).hexdigest()[:12] for part in (bundle.uri.encode(), content))
+    try:
+        copies.mkdir(exist_ok=True)
+        # Of several replicas that start at the same time one fetches, the others wait for it.
+        with (copies / f".{copy.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if anew or not copy.is_dir():
+                _fetch(bundle, entries, copy)
+    except OSError as error:
+        raise StorageError(f"{bundle}: cannot be copied to {copy} ({error.strerror}); make room there, or set TMPDIR to another folder") from error
+    return copy
+
+
+def _entries(bundle: Location) -> list[Entry]:
+    """List what belongs to a bundle, and nothing else that may lie below its prefix."""
+    try:
+        known = {"bundle.json", *read_bundle_manifest(bundle).files}
+        entries = bundle.entries(recursive=True)
+    except OSError as error:
+        raise UsageError(f"{bundle}: cannot be read ({error.strerror or error})") from error
+    names = {entry.name for entry in entries}
+    return [entry for entry in entries if is_inside(entry.name) and (entry.name in known or _is_inner(entry.name, names))]
+
+
+def _is_inner(name: str, names: set[str]) -> bool:
+    """Tell whether a file is a member's, or an engine's that is whole: the manifest of an engine is uploaded last."""
+    parts = name.split("/")
+    if "engines" in parts[:-2]:
+        return "/".join([*parts[: parts.index("engines") + 2], "engine.json"]) in names
+    return parts[0] == "members"
+
+
+def _fetch(bundle: Location, entries: list[Entry], copy: Path) -> None:
+    incoming, outgoing = (copy.with_name(f".{copy.name}.{secrets.token_hex(4)}.{what}") for what in ("new", "old"))
+    try:
+        for entry in entries:
+            target = incoming / entry.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (bundle / entry.name).get_file(target)
+        if copy.exists():
+            copy.rename(outgoing)
+        incoming.rename(copy)
+    finally:
+        remove_any(incoming)
+        remove_any(outgoing)
