@@ -119,7 +119,7 @@ def check_command(verb: str, arguments: Sequence[str]) -> Command:
     given = list(arguments)
     if parsed.config_model is not None:
         config_from(parsed, parsed.config_model)
-        if parsed.config:
+        if parsed.config and "://" not in parsed.config:
             # The file is here, the job is not.
             name = f"{_UPLOADED}/{Path(parsed.config).name}"
             files[name] = Path(parsed.config)

@@ -3,9 +3,11 @@
 import contextlib
 import re
 import struct
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ from sentinode.encoders import head_names
 from sentinode.encoders import set_unfreeze_depth as set_unfreeze_depth
 from sentinode.encoders import train_mode as train_mode
 from sentinode.errors import ConfigError, UsageError
-from sentinode.storage import local_path, sha256_file
+from sentinode.locations import Location, locate
+from sentinode.storage import sha256_file, temporary_folder
 from sentinode.timm_encoders import timm_model
 
 # Names of weights in torchvision's own files that have changed since, by class: pattern and what to put for it.
@@ -81,8 +84,11 @@ def build_model(arch: str, *, weights: str = "none", num_classes: int = 2, input
         model = _torchvision_model(arch, num_classes, input_size_px)
     if weights == "none" or (weights == "imagenet" and arch.startswith(TIMM_PREFIX)):
         return model
-    path = _imagenet_file(_imagenet_url(arch)) if weights == "imagenet" else local_path(weights)
-    _load_trunk(model, _read_state(path, weights), weights)
+    if weights == "imagenet":
+        _load_trunk(model, _read_state(_imagenet_file(_imagenet_url(arch)), weights), weights)
+        return model
+    with _on_disk(locate(weights)) as path:
+        _load_trunk(model, _read_state(path, weights), weights)
     return model
 
 
@@ -138,6 +144,24 @@ def _imagenet_file(url: str) -> Path:
     if not sha256_file(path).startswith(sha256_prefix):
         raise UsageError(f"weights imagenet: {path} is damaged, its sha256 does not begin with {sha256_prefix}; delete it")
     return path
+
+
+@contextlib.contextmanager
+def _on_disk(weights: Location) -> Iterator[Path]:
+    """Yield the path of weights: a file or a bundle; for those in an object store of a copy, which does not outlive the block."""
+    if weights.is_local:
+        yield weights.local
+        return
+    file = weights / "model.safetensors" if weights.is_dir() else weights
+    with TemporaryDirectory(prefix="weights-", dir=temporary_folder()) as folder:
+        path = Path(folder, file.name)
+        try:
+            # What is not there is told by who reads it, as for a file on disk.
+            with contextlib.suppress(FileNotFoundError):
+                file.get_file(path)
+        except OSError as error:
+            raise UsageError(f"weights {weights}: cannot be read ({error.strerror or error})") from error
+        yield path
 
 
 def _read_state(path: Path, source: str) -> dict[str, torch.Tensor]:

@@ -4,6 +4,8 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import psutil
@@ -11,8 +13,8 @@ import pytest
 
 
 @contextmanager
-def cluster_of(nodes: int, cpus: int = 1, head_cpus: int = 1) -> Iterator[Any]:
-    """A cluster of a head and some more nodes with `cpus` each."""
+def cluster_of(nodes: int, cpus: int = 1, head_cpus: int = 1, temporary: Path | None = None) -> Iterator[Any]:
+    """A cluster of a head and some more nodes with `cpus` each; with `temporary` each has a folder for temporary files of its own below it."""
     import ray.util
     from ray.cluster_utils import Cluster
 
@@ -27,10 +29,18 @@ def cluster_of(nodes: int, cpus: int = 1, head_cpus: int = 1) -> Iterator[Any]:
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": head_cpus, "gcs_server_port": port, **dashboard})
         try:
             for _ in range(nodes):
-                cluster.add_node(num_cpus=cpus)
+                add_node(cluster, cpus, temporary)
             yield cluster
         finally:
             cluster.shutdown()
+
+
+def add_node(cluster: Any, cpus: int, temporary: Path | None = None) -> Any:
+    """Add a node to a cluster, with a folder for temporary files of its own below `temporary`."""
+    if temporary is None:
+        return cluster.add_node(num_cpus=cpus)
+    folder = Path(mkdtemp(prefix="node-", dir=temporary))
+    return cluster.add_node(num_cpus=cpus, env_vars={"TMPDIR": str(folder)})
 
 
 def node_that_runs(cluster: Any, what: str) -> Any:

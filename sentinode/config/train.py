@@ -69,7 +69,7 @@ class TrainConfig(Config):
     arch: Arch = "resnet34"
     """Network: a classifier of torchvision by its name there, or `timm:NAME` with the extra `timm` (docs/training.md)."""
     weights: str = "imagenet"
-    """Initial weights: `imagenet` (torchvision's enum), `none` (random), or a .safetensors/.pth file or a bundle folder."""
+    """Initial weights: `imagenet` (torchvision's enum), `none` (random), or a .safetensors/.pth file or a bundle, by path or s3:// URI."""
     unfreeze_depth: Annotated[int, Field(ge=0, le=5)] = 1
     """Stages that train, counted from the head: 0 = the last layer, 1 to 4 = + one stage each (`layer4` to `layer1`), 5 = everything."""
     unfreeze_schedule: dict[Annotated[int, Field(ge=1)], Depth] = {}

@@ -17,7 +17,9 @@ from sentinode import model as model_module
 from sentinode.encoder_names import TORCHVISION_NAMES
 from sentinode.encoders import head_names, set_unfreeze_depth, train_mode
 from sentinode.errors import ConfigError, UsageError
+from sentinode.locations import locate
 from sentinode.model import build_model, count_parameters, initial_state, state_for_storage
+from sentinode.publishing import upload_folder
 from tests.factories import make_bundle
 
 STAGES = (("fc",), ("layer4",), ("layer3",), ("layer2",), ("layer1",), ("conv1", "bn1"))
@@ -375,3 +377,17 @@ def test_stored_weights_are_plain_tensors_on_the_cpu() -> None:
     assert list(state) == list(models.resnet18(num_classes=2).state_dict())
     assert all(value.is_contiguous() and not value.requires_grad and value.device.type == "cpu" for value in state.values())
     assert_same(model, state)
+
+
+def test_weights_come_from_an_object_store_too(s3_folder: str, tmp_path: Path) -> None:
+    state = build_model("resnet18", weights="none").state_dict()
+    save_file(state, tmp_path / "own.safetensors")
+    (locate(s3_folder) / "own.safetensors").put_file(tmp_path / "own.safetensors")
+    loaded = build_model("resnet18", weights=f"{s3_folder}/own.safetensors").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+    bundle = make_bundle(tmp_path / "bundle")
+    upload_folder(bundle.path, locate(s3_folder) / "bundle", "bundle.json")
+    again = build_model("resnet18", weights=f"{s3_folder}/bundle").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in bundle.read_weights().items())
+    with pytest.raises(UsageError, match=rf"weights {s3_folder}/none.pth: no such file"):
+        build_model("resnet18", weights=f"{s3_folder}/none.pth")
