@@ -120,7 +120,7 @@ def _id_of(folder: Location) -> str | None:
 def not_shared(folder: Location) -> str:
     """Return what to say where another machine sees another folder, or none, at `folder`."""
     if not folder.is_local:
-        return f"{folder}: its {REQUEST_FILE} is gone"
+        return f"{folder}: its {REQUEST_FILE} is gone, or cannot be read from here"
     return f"{folder} is not the same folder on every node; put --out on a file system that all nodes share"
 
 

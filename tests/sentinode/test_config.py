@@ -23,6 +23,7 @@ from sentinode.config import (
 )
 from sentinode.config.errors import describe_validation_error
 from sentinode.errors import ConfigError, UsageError
+from sentinode.locations import locate
 
 VERBS = (PrepareConfig, TrainConfig, EvaluateConfig, PredictConfig, ServeConfig)
 
@@ -324,3 +325,10 @@ def test_depth_follows_the_unfreeze_schedule() -> None:
     assert config.max_depth == 5
     # Through JSON, as a run folder and a bundle keep it.
     assert TrainConfig(**config.model_dump(mode="json")) == config
+
+
+def test_a_file_may_lie_in_an_object_store(s3_folder: str) -> None:
+    (locate(s3_folder) / "train.yaml").write_bytes(b"epochs: 3\n")
+    assert load_config(TrainConfig, [f"{s3_folder}/train.yaml"]).epochs == 3
+    with pytest.raises(ConfigError, match=rf"config file {s3_folder}/none.yaml: No such file or directory"):
+        load_config(TrainConfig, [f"{s3_folder}/none.yaml"])

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from sentinode.errors import ConfigError
+from sentinode.locations import locate
 from serve.auth import is_known_key, key_digest, new_key, offered_key, resolve_key_digests
 
 
@@ -68,3 +69,11 @@ def test_a_key_name_that_would_break_the_file_is_refused() -> None:
 )
 def test_the_offered_key(headers: list[tuple[bytes, bytes]], key: str | None) -> None:
     assert offered_key(headers) == key
+
+
+def test_a_keys_file_may_lie_in_an_object_store(s3_folder: str) -> None:
+    _, line = new_key("viewer")
+    (locate(s3_folder) / "api_keys").write_bytes(f"{line}\n".encode())
+    assert resolve_key_digests(f"{s3_folder}/api_keys", {}) == (line.partition(":")[2],)
+    with pytest.raises(ConfigError, match=rf"api_keys_file {s3_folder}/none: cannot be read \(No such file or directory\)"):
+        resolve_key_digests(f"{s3_folder}/none", {})
