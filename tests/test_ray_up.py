@@ -171,16 +171,8 @@ def test_a_job_trains_on_workers(cluster: Cluster, tunnel: None) -> None:
     assert prepared.returncode == 0, prepared.stdout + prepared.stderr
     # Each rank wants all CPUs of a machine, so that no two find room on one.
     (total,) = {node["resources_total"]["CPU"] for node in json.loads(succeeds(cluster.head, "ray list nodes --detail --format=json"))}
-    sets = [
-        "workers=2",
-        f"cpus_per_worker={total:g}",
-        "epochs=1",
-        "arch=resnet18",
-        "weights=none",
-        "unfreeze_depth=5",
-        "input_size_px=32",
-        "use_gpu=false",
-    ]
+    small = "arch=resnet18 weights=none unfreeze_depth=5 input_size_px=32 epochs=1 use_gpu=false"
+    sets = [*small.split(), "workers=2", f"cpus_per_worker={total:g}"]
     trained = submits(cluster, "train", "--data", "/shared/data", "--out", "/shared/run", "--set", *sets)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert cluster.here.path("/shared/run/bundle").is_dir()
@@ -188,6 +180,24 @@ def test_a_job_trains_on_workers(cluster: Cluster, tunnel: None) -> None:
     ran_on = {rank["node_id"] for rank in ranks}
     assert len(ran_on) == 2
     assert ran_on & {nodes[host.address] for host in cluster.workers}
+
+
+def test_a_job_that_is_stopped_has_time_for_a_checkpoint(cluster: Cluster, tunnel: None) -> None:
+    # Twice what Ray allows where nobody says otherwise.
+    job = """import pathlib, signal, sys, time
+def checkpoint(*_):
+    time.sleep(6)
+    pathlib.Path("/shared/checkpoint").touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, checkpoint)
+pathlib.Path("/shared/began").touch()
+time.sleep(600)
+"""
+    cluster.here.path("/shared/job.py").write_text(job)
+    succeeds(cluster.here, "ray job submit --no-wait --submission-id long -- python /shared/job.py", **JOB_SERVER)
+    wait_until(lambda: True if cluster.here.path("/shared/began").exists() else None, 120, lambda: "the job did not begin")
+    succeeds(cluster.here, "ray job stop long", **JOB_SERVER)
+    assert cluster.here.path("/shared/checkpoint").exists()
 
 
 def test_a_machine_that_was_lost_comes_back(cluster: Cluster) -> None:
