@@ -45,6 +45,8 @@ def make_trainer(
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    from ray_jobs.process_group import TorchConfigAtNodeAddresses
+
     tidy(folder)
     files, path = storage_of(folder)
     parent = os.path.dirname(path)
@@ -54,6 +56,7 @@ def make_trainer(
     return TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"loop": Loop(config, folder, run_id, rows, initial, log, checkpoint_interval_s, waits)},
+        torch_config=TorchConfigAtNodeAddresses(),
         scaling_config=ScalingConfig(
             num_workers=config.workers, use_gpu=use_gpu, resources_per_worker=resources, elastic_resize_monitor_interval_s=_RESIZE_CHECK_S
         ),
