@@ -13,7 +13,9 @@ import pytest
 
 
 @contextmanager
-def cluster_of(nodes: int, cpus: int = 1, head_cpus: int = 1, temporary: Path | None = None) -> Iterator[Any]:
+def cluster_of(
+    nodes: int, cpus: int = 1, head_cpus: int = 1, temporary: Path | None = None, head_resources: dict[str, float] | None = None
+) -> Iterator[Any]:
     """A cluster of a head and some more nodes with `cpus` each; with `temporary` each has a folder for temporary files of its own below it."""
     import ray.util
     from ray.cluster_utils import Cluster
@@ -26,7 +28,8 @@ def cluster_of(nodes: int, cpus: int = 1, head_cpus: int = 1, temporary: Path | 
         # Its processes must not take another Ray of this machine for theirs.
         patch.setenv("RAY_ADDRESS", f"{ray.util.get_node_ip_address()}:{port}")
         dashboard = {"include_dashboard": True, "dashboard_port": dashboard_port}
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": head_cpus, "gcs_server_port": port, **dashboard})
+        head = {"num_cpus": head_cpus, "resources": head_resources or {}, "gcs_server_port": port, **dashboard}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             for _ in range(nodes):
                 add_node(cluster, cpus, temporary)

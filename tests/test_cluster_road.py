@@ -1,7 +1,7 @@
 """The whole road as jobs of a cluster that asks for a token: three nodes beside the head, all data in an object store, real patches.
 
-In each job that takes a while, a node that is seen to be doing its work is killed, and another one joins. Nothing is lost: every patch is there once, and
-the report's figure is what scikit-learn makes of the predictions.
+In each job that takes a while, a node that is seen to be doing its work is killed, and another one joins. Nothing is lost: every patch is there once,
+and the report's figure is what scikit-learn makes of the predictions.
 """
 
 import json
@@ -45,6 +45,7 @@ pytestmark = [
 NODES, CPUS = 3, 2
 NETWORK = ["arch=resnet34", "weights=none", "unfreeze_depth=5", "input_size_px=32", "learning_rate=1e-3"]
 API_KEY = "sn_road"
+TRIAL = r"ray::(Trial|ResourceTrainable)"
 
 
 class Road:
@@ -166,7 +167,9 @@ def test_the_whole_road_loses_nothing(road: Road, bucket: str, tmp_path: Path, c
     base = dict(setting.split("=") for setting in NETWORK if "learning_rate" not in setting) | {"epochs": 2, "use_gpu": False}
     base = {key: yaml.safe_load(str(value)) for key, value in base.items()}
     config.write_text(yaml.safe_dump({"space": {"learning_rate": {"grid": [1e-4, 1e-3]}}, "trials": 1, "base": base}))
-    tuned = road.submit("tune", "--data", data, "--out", sweep, "--config", str(config), doing=r"ray::(Trial|ResourceTrainable)", when="trial 00000 epoch 1")
+    tuned = road.submit(
+        "tune", "--data", data, "--out", sweep, "--config", str(config), doing=r"ray::(Trial|ResourceTrainable)", when="trial 00000 epoch 1"
+    )
     evaluated = road.submit(
         "evaluate", "--bundle", f"{run}/bundle", "--data", data, "--out", report, "--set", "workers=2", doing="BundleActor", when="evaluate: "
     )

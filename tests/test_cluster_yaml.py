@@ -16,6 +16,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from ray_jobs.cluster_file import texts_in
+from ray_jobs.sweep.tune_search import SAFE_NODE_RESOURCE
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,7 +52,7 @@ def test_an_unknown_top_level_key_is_refused(cluster: dict[str, Any], typo: str)
 
 def test_no_work_runs_on_the_head(cluster: dict[str, Any]) -> None:
     head = cluster["available_node_types"][cluster["head_node_type"]]
-    assert head["resources"] == {"CPU": 0}
+    assert head["resources"] == {"CPU": 0, SAFE_NODE_RESOURCE: 1000}
     assert head["max_workers"] == 0
     assert not any(flag in command for command in cluster["head_start_ray_commands"] for flag in ("--num-cpus", "--num-gpus", "--resources"))
 

@@ -23,6 +23,8 @@ from sentinode.errors import one_line, root_of
 
 # A driver of workers only waits; Ray refuses 0 for it.
 DRIVER_CPUS = 0.1
+SAFE_NODE_RESOURCE = "sentinode_driver"
+"""Where nodes offer it, drivers of workers run on these and nowhere else: on nodes that are not taken away (cluster.yaml)."""
 
 
 class _StateElsewhere:
@@ -111,7 +113,7 @@ def tune_search(course: Course, shared: Shared, *, gpus: float, max_failures: in
     logging.getLogger("ray.tune").setLevel(logging.DEBUG if verbose else logging.CRITICAL)
     workers, cpus = shared.sweep.workers_per_trial, float(shared.base.cpus_per_worker)
     # Several workers get their own resources from Ray Train.
-    own = {"CPU": DRIVER_CPUS} if workers > 1 else {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    own = _driver_resources() if workers > 1 else {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
     trainable = tune.with_resources(tune.with_parameters(Trial, shared=shared), tune.PlacementGroupFactory([own]))
     # A process that drives workers is ended with its trial, and they with it; kept for another one it would keep them for as long as none comes.
     reuse = workers == 1
@@ -132,6 +134,10 @@ def tune_search(course: Course, shared: Shared, *, gpus: float, max_failures: in
         with _stopping_on_signal(course, shared.log) as stopped:
             tuner.fit()
     return not stopped()
+
+
+def _driver_resources() -> dict[str, float]:
+    return {SAFE_NODE_RESOURCE: 1.0} if ray.cluster_resources().get(SAFE_NODE_RESOURCE) else {"CPU": DRIVER_CPUS}
 
 
 @contextmanager

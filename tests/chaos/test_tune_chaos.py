@@ -12,6 +12,7 @@ import psutil
 import pytest
 import yaml
 
+from ray_jobs.sweep.tune_search import SAFE_NODE_RESOURCE
 from sentinode.bundle import Bundle
 from sentinode.dataset import PreparedDataset
 from sentinode.locations import locate
@@ -209,3 +210,19 @@ def test_rows_that_a_lost_node_held_are_read_again(dataset: PreparedDataset, und
         command.wait_for_line("bundle: ", 300)
         assert command.process.wait(60) == 0
     assert _outcome(tmp_path) == undisturbed
+
+
+def test_a_driver_of_workers_stays_on_the_safe_node_when_theirs_is_lost(dataset: PreparedDataset, tmp_path: Path) -> None:
+    changes = {"workers_per_trial": 2, "repeats": 0, "searcher": "grid", "space": {"learning_rate": {"grid": [3e-3]}}, "trials": 1}
+    safe = {SAFE_NODE_RESOURCE: 4.0}
+    with (
+        cluster_of(nodes=3, head_cpus=0, head_resources=safe) as cluster,
+        running(*_tune(dataset, tmp_path, **changes), ray_address=cluster.address) as command,
+    ):
+        _wait_for_epochs(command, 1)
+        with pytest.raises(AssertionError, match="on a node beside the head"):
+            node_that_runs(cluster, TRIAL)
+        cluster.remove_node(node_that_runs(cluster, "RayTrainWorker"), allow_graceful=False)
+        command.wait_for_line("bundle: ", 300)
+        assert command.process.wait(60) == 0
+    assert not any("lost its process" in line for line in command.lines)
