@@ -167,9 +167,7 @@ def test_the_whole_road_loses_nothing(road: Road, bucket: str, tmp_path: Path, c
     base = dict(setting.split("=") for setting in NETWORK if "learning_rate" not in setting) | {"epochs": 2, "use_gpu": False}
     base = {key: yaml.safe_load(str(value)) for key, value in base.items()}
     config.write_text(yaml.safe_dump({"space": {"learning_rate": {"grid": [1e-4, 1e-3]}}, "trials": 1, "base": base}))
-    tuned = road.submit(
-        "tune", "--data", data, "--out", sweep, "--config", str(config), doing=r"ray::(Trial|ResourceTrainable)", when="trial 00000 epoch 1"
-    )
+    tuned = road.submit("tune", "--data", data, "--out", sweep, "--config", str(config), doing=TRIAL, when="trial 00000 epoch 1")
     evaluated = road.submit(
         "evaluate", "--bundle", f"{run}/bundle", "--data", data, "--out", report, "--set", "workers=2", doing="BundleActor", when="evaluate: "
     )
