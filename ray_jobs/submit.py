@@ -256,7 +256,7 @@ def _is_lost(client: JobSubmissionClient, job: Any) -> bool:
     (Ray 2.60 begins to watch jobs with the first one that is submitted to a head).
     """
     if job.driver_node_id is None:
-        return job.status.value == "PENDING" and time.time() - job.start_time / 1000 > _PENDING_TIMEOUT_S
+        return bool(job.status.value == "PENDING" and time.time() - job.start_time / 1000 > _PENDING_TIMEOUT_S)
     node = get_node(job.driver_node_id, address=client._address, timeout=int(_ANSWER_TIMEOUT_S))
     return node is None or bool(node.state != "ALIVE")
 
@@ -267,7 +267,7 @@ def follow(client: JobSubmissionClient, submission_id: str) -> Any:
     Raises
     ------
     JobError
-        The job was lost with the node of its driver, or the head that knew it.
+        The job was lost: with the node of its driver, or with a head whose jobs nobody knows any more.
     SentinodeError
         The job server has gone away for good.
     """
@@ -275,9 +275,7 @@ def follow(client: JobSubmissionClient, submission_id: str) -> Any:
     while True:
         told = asyncio.run(_tell_log(client, submission_id, told))
         try:
-            # Not the job's own page, whose "not found" is one RuntimeError among others.
-            details = next((job for job in client.list_jobs() if job.submission_id == submission_id), None)
-            lost = details is None or (details.status.value not in _ENDED and _is_lost(client, details))
+            details = _details_of_ended(client, submission_id)
         except _UNREACHABLE as error:
             if away_since is None:
                 away_since = time.monotonic()
@@ -287,16 +285,31 @@ def follow(client: JobSubmissionClient, submission_id: str) -> Any:
                     f"the job server does not answer any more; {submission_id} may go on, repeat the command to follow it"
                 ) from error
         else:
+            if details is not None:
+                return details
             if away_since is not None:
                 say("the job server answers again")
                 away_since = None
-            if details is None:
-                raise JobError(f"{submission_id} was lost: the cluster does not know it any more; submitted again, it continues")
-            if lost:
-                raise JobError(f"{submission_id} was lost with the node of its driver; submitted again, it continues")
-            if details.status.value in _ENDED:
-                return details
         time.sleep(_POLL_S)
+
+
+def _details_of_ended(client: JobSubmissionClient, submission_id: str) -> Any | None:
+    """Return what is known of a job that has ended; None where it goes on.
+
+    Raises
+    ------
+    JobError
+        It was lost.
+    """
+    # Not the job's own page, whose "not found" is one RuntimeError among others.
+    details = next((job for job in client.list_jobs() if job.submission_id == submission_id), None)
+    if details is None:
+        raise JobError(f"{submission_id} was lost: the cluster does not know it any more; submitted again, it continues")
+    if details.status.value in _ENDED:
+        return details
+    if _is_lost(client, details):
+        raise JobError(f"{submission_id} was lost with the node of its driver; submitted again, it continues")
+    return None
 
 
 async def _tell_log(client: JobSubmissionClient, submission_id: str, told: int) -> int:
