@@ -30,8 +30,10 @@ import ray
 import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
+from ray.util.state import get_node
+from ray.util.state.exception import RayStateApiException
 
-from ray_jobs.verb import add_common_arguments, config_from, main_of, say
+from ray_jobs.verb import add_common_arguments, config_from, duration_text, main_of, say
 from sentinode.errors import SentinodeError, StoppedError, StorageError, UsageError
 from sentinode.locations import locate
 
@@ -57,10 +59,18 @@ MANIFESTS = {
 _PATHS = ("source", "from_dataset", "data", "bundle", "bundles", "against", "labels", "slides", "work", "out", "submission")
 _UPLOADED = "submitted"
 _ANSWER_TIMEOUT_S = 20.0
-_LOST_TIMEOUT_S = 60.0
-"""How long a job server that has answered before may be away while a log is followed."""
+_LOST_TIMEOUT_S = 180.0
+"""How long a job server that has answered before may be away while a log is followed: a head that is started again takes a minute or two."""
+_SILENT_S = 30.0
+"""When a log is silent for so long, the job server is asked: a machine that is gone without a word leaves its connections open."""
+_PENDING_TIMEOUT_S = 1200.0
+"""No job waits longer for its driver: Ray itself gives up after 900 s (RAY_JOB_START_TIMEOUT_SECONDS), unless the head that counted them was lost."""
+_STOP_TIMEOUT_S = 180.0
+"""A verb that is told to stop may write a checkpoint."""
 _POLL_S = 1.0
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+_UNREACHABLE = (aiohttp.ClientError, requests.RequestException, OSError, RuntimeError, RayStateApiException)
+"""What asking a job server raises when it, or what stands behind it, is away. RuntimeError: Ray's client, for every answer but 200."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +218,7 @@ def _answering(address: str) -> Iterator[None]:
         raise UsageError(f"{address}: refused without its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH") from error
     except (ConnectionError, requests.ConnectionError, requests.Timeout) as error:
         raise UsageError(f"{address}: no Ray job server can be reached there ({type(error).__name__})") from error
-    except (requests.RequestException, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (requests.RequestException, RayStateApiException, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{address}: what answers there is no Ray job server") from error
 
 
@@ -221,12 +231,13 @@ def submit(client: JobSubmissionClient, command: Command, submission_id: str | N
     """
     base = submission_id or command.submission_id
     while True:
-        known = {job.submission_id: str(job.status.value) for job in client.list_jobs() if job.submission_id}
+        known = {job.submission_id: job for job in client.list_jobs() if job.submission_id}
         attempts = [name for name in known if name == base or (name.startswith(f"{base}-") and name.removeprefix(f"{base}-").isdigit())]
         for name in attempts:
-            if known[name] not in _ENDED or (submission_id and known[name] == "SUCCEEDED"):
+            status = known[name].status.value
+            if (submission_id and status == "SUCCEEDED") or (status not in _ENDED and not _is_lost(client, known[name])):
                 return name, False
-        # Ray knows an id for good: what failed or was stopped is tried under the next.
+        # Ray knows an id for good: what failed, was lost or was stopped is tried under the next.
         name = base if not attempts else f"{base}-{len(attempts) + 1}"
         with upload_folder(command.files) as folder:
             try:
@@ -238,43 +249,86 @@ def submit(client: JobSubmissionClient, command: Command, submission_id: str | N
         return name, True
 
 
+def _is_lost(client: JobSubmissionClient, job: Any) -> bool:
+    """Return whether a job that Ray calls pending or running has no driver any more.
+
+    With its state in Redis, a head that was lost and started again goes on calling jobs of the lost one running until somebody submits another
+    (Ray 2.60 begins to watch jobs with the first one that is submitted to a head).
+    """
+    if job.driver_node_id is None:
+        return bool(job.status.value == "PENDING" and time.time() - job.start_time / 1000 > _PENDING_TIMEOUT_S)
+    node = get_node(job.driver_node_id, address=client._address, timeout=int(_ANSWER_TIMEOUT_S))
+    return node is None or bool(node.state != "ALIVE")
+
+
 def follow(client: JobSubmissionClient, submission_id: str) -> Any:
     """Tell a job's log as it comes and return its details once it has ended.
 
     Raises
     ------
+    JobError
+        The job was lost: with the node of its driver, or with a head whose jobs nobody knows any more.
     SentinodeError
         The job server has gone away for good.
     """
-    told, lost_at = 0, None
+    told, away_since = 0, None
     while True:
+        told = asyncio.run(_tell_log(client, submission_id, told))
         try:
-            told = asyncio.run(_tell_log(client, submission_id, told))
-            details = client.get_job_info(submission_id)
-            lost_at = None
-        except (aiohttp.ClientError, requests.RequestException, OSError, RuntimeError) as error:
-            lost_at = lost_at or time.monotonic()
-            if time.monotonic() - lost_at > _LOST_TIMEOUT_S:
+            details = _details_of_ended(client, submission_id)
+        except _UNREACHABLE as error:
+            if away_since is None:
+                away_since = time.monotonic()
+                say(f"the job server does not answer; asking again for {duration_text(_LOST_TIMEOUT_S)}")
+            if time.monotonic() - away_since > _LOST_TIMEOUT_S:
                 raise SentinodeError(
                     f"the job server does not answer any more; {submission_id} may go on, repeat the command to follow it"
                 ) from error
         else:
-            if details.status.value in _ENDED:
+            if details is not None:
                 return details
+            if away_since is not None:
+                say("the job server answers again")
+                away_since = None
         time.sleep(_POLL_S)
 
 
+def _details_of_ended(client: JobSubmissionClient, submission_id: str) -> Any | None:
+    """Return what is known of a job that has ended; None where it goes on.
+
+    Raises
+    ------
+    JobError
+        It was lost.
+    """
+    # Not the job's own page, whose "not found" is one RuntimeError among others.
+    details = next((job for job in client.list_jobs() if job.submission_id == submission_id), None)
+    if details is None:
+        raise JobError(f"{submission_id} was lost: the cluster does not know it any more; submitted again, it continues")
+    if details.status.value in _ENDED:
+        return details
+    if _is_lost(client, details):
+        raise JobError(f"{submission_id} was lost with the node of its driver; submitted again, it continues")
+    return None
+
+
 async def _tell_log(client: JobSubmissionClient, submission_id: str, told: int) -> int:
-    """Print the log from its character `told` on; return how many it has by now."""
+    """Print the log from its character `told` on, until the job ends, the log is silent or cannot be had; return how many it has by now.
+
+    That it cannot be had is no reason to give up: the node that has it may be lost, and the job server is asked next.
+    """
     position = 0
     async with aclosing(client.tail_job_logs(submission_id)) as chunks:
-        async for chunk in chunks:
+        while True:
+            try:
+                chunk = await asyncio.wait_for(anext(chunks), _SILENT_S)
+            except (StopAsyncIteration, *_UNREACHABLE):  # a TimeoutError is an OSError
+                return told
             position += len(chunk)
             if position > told:
                 sys.stdout.write(chunk[-(position - told) :])
                 sys.stdout.flush()
                 told = position
-    return told
 
 
 def outcome(client: JobSubmissionClient, command: Command, submission_id: str, details: Any) -> dict[str, Any]:
@@ -292,8 +346,14 @@ def outcome(client: JobSubmissionClient, command: Command, submission_id: str, d
         if code is None:
             reason = (details.message or "no reason was given").strip().splitlines()[0][:300]
             raise JobError(f"{submission_id} was lost: {reason}; submitted again, it continues")
+        if code < 0 or code > 128:
+            # A shell between Ray and the driver tells a signal as 128 and its number.
+            raise JobError(f"{submission_id} was killed by signal {-code if code < 0 else code - 128}; submitted again, it continues")
         raise JobError(f"{submission_id} failed with exit code {code}", code if code in (1, 2, 3) else 1)
-    lines = client.get_job_logs(submission_id).strip().splitlines()
+    try:
+        lines = client.get_job_logs(submission_id).strip().splitlines()
+    except _UNREACHABLE as error:
+        raise JobError(f"{submission_id} has succeeded, but its log, and with it its result, cannot be had any more") from error
     try:
         result: dict[str, Any] = json.loads(lines[-1])
     except (IndexError, ValueError) as error:
@@ -324,7 +384,10 @@ def stop(client: JobSubmissionClient, submission_id: str) -> None:
         raise UsageError(f"{submission_id}: there is no such job; `ray job list` shows them")
     if known[submission_id] not in _ENDED:
         client.stop_job(submission_id)
+        end = time.monotonic() + _STOP_TIMEOUT_S
         while client.get_job_info(submission_id).status.value not in _ENDED:
+            if time.monotonic() > end:
+                raise SentinodeError(f"{submission_id} was told to stop, but goes on after {duration_text(_STOP_TIMEOUT_S)}")
             time.sleep(_POLL_S)
     say(f"{submission_id}: {client.get_job_info(submission_id).status.value.lower()}")
 

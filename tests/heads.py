@@ -1,4 +1,4 @@
-"""A Ray head with its job server and a token, as a platform team starts one, for tests."""
+"""A Ray head with its job server and a token, as a platform team starts one, for tests; it can be lost and started again, and nodes may join it."""
 
 import os
 import secrets
@@ -10,11 +10,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 import psutil
+
+RAY = str(Path(sys.executable).parent / "ray")
 
 
 @dataclass(frozen=True)
@@ -27,52 +29,117 @@ class Head:
     """What a command needs to be let in: the mode and the token."""
 
 
+@dataclass
+class HeadMachine:
+    """Where a head runs, in a folder of its own; killed, it is started again on the same ports."""
+
+    folder: Path
+    head: Head
+    cpus: int
+    extra_environment: dict[str, str] = field(default_factory=dict)
+    extra_arguments: list[str] = field(default_factory=list)
+    process: "subprocess.Popen[bytes] | None" = None
+    starts: int = 0
+    nodes: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
+
+    def start(self) -> None:
+        """Start the head and wait until it takes jobs."""
+        # Ray gives up after 30 s, which a machine full of other work does not always keep; so does whoever keeps a head up begin again.
+        for _ in range(3):
+            self.starts += 1
+            self.process = self._ray_start(self._head_arguments(), "head", {})
+            if _answers(self.head, self.process):
+                return
+            _kill_tree(self.process)
+        raise AssertionError((self.folder / "head.log").read_text())
+
+    def _head_arguments(self) -> list[str]:
+        host, port = self.head.ray_address.split(":")
+        dashboard_port = self.head.job_server.rpartition(":")[2]
+        # Started again it is a new machine: nothing of the old one's disk is there. The path is short, as Ray puts unix sockets below it.
+        arguments = [
+            "--head",
+            f"--port={port}",
+            f"--node-ip-address={host}",
+            f"--num-cpus={self.cpus}",
+            f"--temp-dir={self.folder / f'h{self.starts}'}",
+        ]
+        return [*arguments, "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}", *self.extra_arguments]
+
+    def join(self, cpus: int, environment: dict[str, str] | None = None) -> "subprocess.Popen[bytes]":
+        """Start one more node of the cluster, with a folder of its own."""
+        name = f"n{len(self.nodes)}"
+        command = [f"--address={self.head.ray_address}", "--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", f"--temp-dir={self.folder / name}"]
+        self.nodes.append(self._ray_start(command, name, environment or {}))
+        return self.nodes[-1]
+
+    def kill(self) -> None:
+        """End the head as a power cut does: its daemons, its workers and the drivers of its jobs, and nothing else."""
+        assert self.process is not None
+        _kill_tree(self.process)
+
+    def end(self) -> None:
+        """End the head and the nodes."""
+        for process in [*self.nodes, *([self.process] if self.process else [])]:
+            _kill_tree(process)
+
+    def _ray_start(self, arguments: list[str], name: str, extra: dict[str, str]) -> "subprocess.Popen[bytes]":
+        home = self.folder / "home"
+        home.mkdir(exist_ok=True)
+        environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
+        # The `python` of a job's command line is found as the head finds it.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment |= self.head.environment | {"HOME": str(home), "PATH": path, "RAY_USAGE_STATS_ENABLED": "0"} | self.extra_environment | extra
+        # Else two nodes on one machine want the same port of the agent.
+        command = [RAY, "start", "--block", "--num-gpus=0", "--dashboard-agent-listen-port=0", *arguments]
+        with (self.folder / f"{name}.log").open("ab") as out:
+            return subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+
+
 @contextmanager
-def head_with_token(cpus: int = 4) -> Iterator[Head]:
-    """Start a head of its own, in temporary folders, and end it."""
+def machine_for_a_head(cpus: int = 4, environment: dict[str, str] | None = None, arguments: list[str] | None = None) -> Iterator[HeadMachine]:
+    """A place for a head in temporary folders; what was started there is ended."""
     with tempfile.TemporaryDirectory(prefix="sn-head-", dir="/tmp") as folder, socket.socket() as one, socket.socket() as other:
         for probe in (one, other):
             probe.bind(("127.0.0.1", 0))
         port, dashboard_port = one.getsockname()[1], other.getsockname()[1]
         one.close()
         other.close()
-        home = Path(folder, "home")
-        home.mkdir()
-        token = secrets.token_hex(32)
-        guard = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-        environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
-        # The `python` of a job's command line is found as the head finds it.
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment |= guard | {"HOME": str(home), "PATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
-        command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1"]
-        command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}", f"--num-cpus={cpus}", "--num-gpus=0", f"--temp-dir={folder}"]
-        # Else two heads on one machine want the same port of the agent.
-        command += ["--dashboard-agent-listen-port=0"]
-        log = Path(folder, "head.log")
-        with log.open("wb") as out:
-            process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+        guard = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        head = Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}", guard)
+        machine = HeadMachine(Path(folder), head, cpus, environment or {}, arguments or [])
         try:
-            job_server = f"http://127.0.0.1:{dashboard_port}"
-            _wait_until_it_answers(job_server, token, process, log)
-            yield Head(f"127.0.0.1:{port}", job_server, guard)
+            yield machine
         finally:
-            # All at once: asked to end, it would wait half a minute for each.
-            for one in [process, *psutil.Process(process.pid).children(recursive=True)]:
-                with suppress(psutil.NoSuchProcess):
-                    one.kill()
-            process.wait()
+            machine.end()
 
 
-def _wait_until_it_answers(job_server: str, token: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    end, tick = time.monotonic() + 90, threading.Event()
-    while True:
-        assert process.poll() is None, log.read_text()
-        try:
+@contextmanager
+def head_with_token(cpus: int = 4) -> Iterator[Head]:
+    """Start a head of its own, in temporary folders, and end it."""
+    with machine_for_a_head(cpus) as machine:
+        machine.start()
+        yield machine.head
+
+
+def _kill_tree(process: "subprocess.Popen[bytes]") -> None:
+    """End a node and all that it started, all at once: asked to end, it would wait half a minute for each."""
+    with suppress(psutil.NoSuchProcess):
+        for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+    process.wait()
+
+
+def _answers(head: Head, process: "subprocess.Popen[bytes]") -> bool:
+    """Wait until the job server takes jobs; False where the head ends before, or takes too long."""
+    end, tick = time.monotonic() + 120, threading.Event()
+    token = head.environment["RAY_AUTH_TOKEN"]
+    while process.poll() is None and time.monotonic() < end:
+        with suppress(httpx.HTTPError):
             # Not the version, which is told before jobs are taken.
-            answer = httpx.get(f"{job_server}/api/jobs/", headers={"Authorization": f"Bearer {token}"}, timeout=10, trust_env=False)
+            answer = httpx.get(f"{head.job_server}/api/jobs/", headers={"Authorization": f"Bearer {token}"}, timeout=10, trust_env=False)
             if answer.status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        assert time.monotonic() < end, log.read_text()
+                return True
         tick.wait(0.2)
+    return False

@@ -1,5 +1,6 @@
 """Verbs as jobs: what is sent, what is refused here, and a real head with its job server and a token."""
 
+import asyncio
 import json
 import os
 import signal
@@ -7,18 +8,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
 
 import ray_jobs.submit as submit_module
 from data_prep.synth import synthesize
-from ray_jobs.submit import PACKAGES, check_command, connect, split_arguments, upload_folder
-from sentinode.errors import ConfigError, UsageError
+from ray_jobs.submit import PACKAGES, JobError, check_command, connect, follow, outcome, split_arguments, stop, submit, upload_folder
+from sentinode.errors import ConfigError, SentinodeError, UsageError
 from tests.heads import Head, head_with_token
 from tests.processes import ROOT
 
@@ -149,6 +152,121 @@ def test_a_server_that_is_none_is_told_from_one_that_is_another(monkeypatch: pyt
         connect(address)
     assert "2.50.1" in str(caught.value)
     assert ray.__version__ in str(caught.value)
+
+
+class FakeJobs:
+    """A job server's client whose answers are given: the jobs it knows, one list for each time it is asked, and what each look at the log brings."""
+
+    _address = "http://127.0.0.1:9"
+
+    def __init__(self, jobs: list[list[SimpleNamespace] | Exception], logs: list[list[str | Exception | None]] | None = None) -> None:
+        self._jobs, self._logs = jobs, logs or []
+        self.submitted: list[str] = []
+
+    def _next(self) -> list[SimpleNamespace]:
+        # The last answer stays.
+        answer = self._jobs.pop(0) if len(self._jobs) > 1 else self._jobs[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def list_jobs(self) -> list[SimpleNamespace]:
+        return self._next()
+
+    def get_job_info(self, submission_id: str) -> SimpleNamespace:
+        return next(one for one in self._next() if one.submission_id == submission_id)
+
+    def stop_job(self, submission_id: str) -> None:
+        pass
+
+    def submit_job(self, *, submission_id: str, **options: Any) -> None:
+        self.submitted.append(submission_id)
+
+    async def tail_job_logs(self, submission_id: str) -> AsyncIterator[str]:
+        for chunk in self._logs.pop(0) if self._logs else []:
+            if isinstance(chunk, Exception):
+                raise chunk
+            if chunk is None:
+                await asyncio.Event().wait()
+            else:
+                yield chunk
+
+
+def job(status: str, name: str = "mine", **changes: Any) -> SimpleNamespace:
+    facts = {"driver_node_id": "n", "start_time": time.time() * 1000, "driver_exit_code": None, "message": None}
+    return SimpleNamespace(submission_id=name, status=SimpleNamespace(value=status), **facts | changes)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is waited for long, and the driver's node is there."""
+    for name in ("_POLL_S", "_SILENT_S", "_LOST_TIMEOUT_S", "_STOP_TIMEOUT_S"):
+        monkeypatch.setattr(submit_module, name, 0.05)
+    monkeypatch.setattr(submit_module, "get_node", lambda *_, **__: SimpleNamespace(state="ALIVE"))
+
+
+@pytest.mark.parametrize("node", [None, SimpleNamespace(state="DEAD")])
+def test_a_job_whose_node_is_gone_is_lost_whatever_ray_says(quick: None, node: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit_module, "get_node", lambda *_, **__: node)
+    with pytest.raises(JobError, match="mine was lost with the node of its driver; submitted again, it continues"):
+        follow(FakeJobs([[job("RUNNING")]]), "mine")
+    command = check_command("train", ["--data", "d", "--out", "o"])
+    client = FakeJobs([[job("RUNNING", command.submission_id)]])
+    assert submit(client, command) == (f"{command.submission_id}-2", True)
+    assert client.submitted == [f"{command.submission_id}-2"]
+
+
+def test_a_job_that_runs_is_not_submitted_twice(quick: None) -> None:
+    command = check_command("train", ["--data", "d", "--out", "o"])
+    client = FakeJobs([[job("FAILED", command.submission_id), job("RUNNING", f"{command.submission_id}-2")]])
+    assert submit(client, command) == (f"{command.submission_id}-2", False)
+    assert client.submitted == []
+
+
+def test_a_job_that_a_lost_head_never_started_is_lost(quick: None) -> None:
+    old = time.time() * 1000 - 3_600_000
+    with pytest.raises(JobError, match="mine was lost"):
+        follow(FakeJobs([[job("PENDING", driver_node_id=None, start_time=old)]]), "mine")
+    # One that waits for its environment is not.
+    client = FakeJobs([[job("PENDING", driver_node_id=None)], [job("SUCCEEDED")]])
+    assert follow(client, "mine").status.value == "SUCCEEDED"
+
+
+def test_a_job_that_the_cluster_does_not_know_any_more_is_lost(quick: None) -> None:
+    with pytest.raises(JobError, match="mine was lost: the cluster does not know it any more"):
+        follow(FakeJobs([[job("RUNNING", "another")]]), "mine")
+
+
+def test_a_log_is_told_once_however_often_it_breaks_off_or_is_silent(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+    logs: list[list[str | Exception | None]] = [["one\n", RuntimeError("closed")], ["one\ntw", None], ["one\n", "two\nthree\n"]]
+    client = FakeJobs([[job("RUNNING")], [job("RUNNING")], [job("SUCCEEDED")]], logs)
+    assert follow(client, "mine").status.value == "SUCCEEDED"
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+
+
+def test_a_job_server_that_comes_back_is_followed_on(quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(submit_module, "_LOST_TIMEOUT_S", 30)
+    away: list[list[SimpleNamespace] | Exception] = [ConnectionError(), RuntimeError("status code 500")]
+    assert follow(FakeJobs([*away, [job("RUNNING")], [job("SUCCEEDED")]]), "mine").status.value == "SUCCEEDED"
+    assert capsys.readouterr().out.splitlines() == ["the job server does not answer; asking again for 30 s", "the job server answers again"]
+
+
+def test_a_job_server_that_stays_away_is_waited_for_so_long_and_no_longer(quick: None) -> None:
+    with pytest.raises(SentinodeError, match="does not answer any more; mine may go on"):
+        follow(FakeJobs([ConnectionError()]), "mine")
+
+
+@pytest.mark.parametrize("code", [-9, 137])
+def test_a_driver_that_was_killed_is_told_from_one_that_failed(code: int) -> None:
+    command = check_command("train", ["--data", "d", "--out", "o"])
+    with pytest.raises(JobError, match="mine was killed by signal 9; submitted again, it continues") as caught:
+        outcome(FakeJobs([[]]), command, "mine", job("FAILED", driver_exit_code=code))
+    assert caught.value.exit_code == 1
+
+
+def test_a_job_that_does_not_stop_is_not_waited_for_for_ever(quick: None) -> None:
+    with pytest.raises(SentinodeError, match="mine was told to stop, but goes on"):
+        stop(FakeJobs([[job("RUNNING")]]), "mine")
 
 
 @pytest.fixture(scope="module")
