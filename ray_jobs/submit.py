@@ -65,8 +65,8 @@ _SILENT_S = 30.0
 """When a log is silent for so long, the job server is asked: a machine that is gone without a word leaves its connections open."""
 _PENDING_TIMEOUT_S = 1200.0
 """No job waits longer for its driver: Ray itself gives up after 900 s (RAY_JOB_START_TIMEOUT_SECONDS), unless the head that counted them was lost."""
-_STOP_TIMEOUT_S = 180.0
-"""A verb that is told to stop may write a checkpoint."""
+_STOP_TIMEOUT_S = 660.0
+"""A verb that is told to stop writes a checkpoint first; our cluster files give it ten minutes (RAY_JOB_STOP_WAIT_TIME_S)."""
 _POLL_S = 1.0
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _UNREACHABLE = (aiohttp.ClientError, requests.RequestException, OSError, RuntimeError, RayStateApiException)
