@@ -1,10 +1,12 @@
 """How checkpoints of a run reach the storage while training goes on; what they hold: see `checkpoints`."""
 
+import errno
 import io
 import json
 import os
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,7 +82,7 @@ class CheckpointWriter:
         ray.train.report(
             metrics_of(progress, self._numbered.number),
             # Stands for the copy in memory, which is not a folder.
-            checkpoint=_registered(self._folder),
+            checkpoint=_registered(self._folder, self._folder, self._run_id),
             checkpoint_dir_name=name,  # rank 0's holds for all
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=False,
@@ -99,7 +101,7 @@ class CheckpointWriter:
                 raise
             finally:
                 self._written.set()
-            return _registered(self._folder / name)
+            return _registered(self._folder / name, self._folder, self._run_id)
 
         return upload
 
@@ -200,13 +202,24 @@ class _Copy:
             _write(folder / rank_file(self.rank), _serialised(self.random), written)
             if self.about is not None:
                 _write(folder / ABOUT_FILE, json.dumps(self.about, indent=2, allow_nan=False).encode(), written)
-        except StorageError as error:
-            raise CheckpointError(str(error)) from error
-        except OSError as error:
-            for path in written:
-                path.remove()
-            reason = error.strerror or one_line(error)
-            raise CheckpointError(f"{run}: a checkpoint cannot be written ({reason}); make room there and repeat the command") from error
+            # Writing takes its time. What a process has written that lost the run meanwhile must not make Ray, or `tidy`, remove the others.
+            if problem := problem_with(run, run_id):
+                raise CheckpointError(problem)
+        except (OSError, StorageError, CheckpointError) as error:
+            for path in reversed(written):
+                with suppress(OSError, StorageError):
+                    path.remove()
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(_why_not(run, error)) from error
+
+
+def _why_not(run: Location, error: Exception) -> str:
+    if isinstance(error, StorageError):
+        return str(error)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    reason = getattr(error, "strerror", None) or one_line(error)
+    return f"{run}: a checkpoint cannot be written ({reason})" + ("; make room there and repeat the command" if full else "")
 
 
 def _write(path: Location, data: bytes, written: list[Location]) -> None:
@@ -214,11 +227,11 @@ def _write(path: Location, data: bytes, written: list[Location]) -> None:
     path.write_bytes(data)
 
 
-def _registered(folder: Location) -> Any:
+def _registered(folder: Location, run: Location, run_id: str) -> Any:
     """Return a folder as Ray Train takes it."""
     import ray.train
 
-    files, path = storage_of(folder)
+    files, path = storage_of(folder, run, run_id)
     return ray.train.Checkpoint.from_directory(path) if files is None else ray.train.Checkpoint(path, files)
 
 

@@ -101,9 +101,11 @@ class Saved:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Read the weights, on the CPU."""
-        from safetensors.torch import load
+        from safetensors.torch import load, load_file
 
-        return load((self.path / WEIGHTS_FILE).read_bytes())
+        file = self.path / WEIGHTS_FILE
+        # From disk without a copy in between.
+        return load_file(file.local) if file.is_local else load(file.read_bytes())
 
     def metrics(self) -> dict[str, Any]:
         """Return what Ray is told about the checkpoint."""
@@ -286,9 +288,9 @@ def lacking_room(folder: Location, learner: Learner) -> str | None:
 
 def restore(learner: Learner, saved: Saved, rank: int) -> None:
     """Bring a learner, and the random numbers of this worker, to where the checkpoint was taken."""
-    learner.restore(saved.weights(), _tensors((saved.path / STATE_FILE).read_bytes()))
+    learner.restore(saved.weights(), _tensors(saved.path / STATE_FILE))
     try:
-        random = _tensors((saved.path / rank_file(rank)).read_bytes())
+        random = _tensors(saved.path / rank_file(rank))
     except FileNotFoundError:  # the group has grown
         return
     torch.set_rng_state(random["cpu"])
@@ -296,8 +298,8 @@ def restore(learner: Learner, saved: Saved, rank: int) -> None:
         torch.cuda.set_rng_state(random["cuda"], learner.device)
 
 
-def _tensors(data: bytes) -> Any:
-    return torch.load(BytesIO(data), map_location="cpu", weights_only=True)
+def _tensors(file: Location) -> Any:
+    return torch.load(file.local if file.is_local else BytesIO(file.read_bytes()), map_location="cpu", weights_only=True)
 
 
 def rank_file(rank: int) -> str:

@@ -9,6 +9,7 @@ where there are none, on rows that each member judges only if it was not trained
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ from sentinode.dataset import PreparedDataset
 from sentinode.ensemble import CalibrationPlan, calibration_plan, check_members, mean_logits
 from sentinode.errors import SentinodeError, UsageError
 from sentinode.finishing import Looks, fit
-from sentinode.locations import locate
+from sentinode.locations import Location, locate
 from sentinode.manifests import CALIBRATION_MEANING, ShardRecord
 from sentinode.predictor import Predictor
+from sentinode.sole_writer import sole_writer
 from sentinode.tissue import is_pale
 
 
@@ -55,6 +57,14 @@ def ensemble(config: EnsembleConfig, bundles: Sequence[str | Path], data: str | 
         sizes = f"holds patches of {dataset.manifest.patch_size_px} px; the bundles accept {members[0].manifest.patch_size_px} px"
         raise UsageError(f"{dataset.path} {sizes}")
     plan = calibration_plan(members, dataset)
+    # On disk it is locked, and older ones are replaced, when it is written.
+    with nullcontext() if target.is_local else sole_writer(target, say):
+        return _combined(config, members, dataset, plan, target, verbose=verbose)
+
+
+def _combined(
+    config: EnsembleConfig, members: Sequence[Bundle], dataset: PreparedDataset, plan: CalibrationPlan, target: Location, *, verbose: bool
+) -> Bundle:
     with connected(config.workers * config.cpus_per_worker, verbose=verbose):
         answers = [_answers(member, number, dataset, plan, config) for number, member in enumerate(members)]
     rows = np.flatnonzero(plan.rows)

@@ -9,7 +9,6 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -43,7 +42,8 @@ from sentinode.pages import data_uri
 from sentinode.predictor import Predictor
 from sentinode.probability import calibrated_logit, calibrated_probability
 from sentinode.robustness import CHANGES, answers, is_chosen
-from sentinode.storage import exclusive, json_bytes, publish, staging_path, write_json, write_text_atomic
+from sentinode.sole_writer import sole_writer
+from sentinode.storage import json_bytes, publish, staging_path, write_json, write_text_atomic
 from sentinode.tissue import is_pale, tissue_fraction
 from sentinode.versions import git_commit, library_versions
 
@@ -80,13 +80,16 @@ def evaluate(
     if counts.unlabelled:
         raise UsageError(f"{dataset.path}: {counts.unlabelled} rows of split {config.split} have no label; predict needs none")
     _check_replaceable(target)
-    with exclusive(target.local) if target.is_local else nullcontext(), connected(config.workers * config.cpus_per_worker, verbose=verbose):
+    with sole_writer(target, say) as problem, connected(config.workers * config.cpus_per_worker, verbose=verbose):
         rows, engine = _rows_of(model, dataset, config, "evaluate", min(1.0, config.robustness_rows / max(counts.rows, 1)))
         theirs = _rows_of(other, dataset, config, "compare", 0.0) if other else None
         report = make_report(rows, engine, model, dataset, config)
         if other and theirs:
             report = with_comparison(report, rows, model, theirs[0], theirs[1], other, config)
-        _publish(report, render(report, pictures(rows, model, dataset, config)), target)
+        page = render(report, pictures(rows, model, dataset, config))
+        if lost := problem():
+            raise UsageError(lost)
+        _publish(report, page, target)
     return EvaluateResult(target, report)
 
 
@@ -94,7 +97,8 @@ def _check_replaceable(target: Location) -> None:
     """Raise UsageError where something else than a report, or an empty folder, stands at `target`."""
     if (target / "report.json").exists() or not target.exists():
         return
-    if not target.is_dir() or target.entries():
+    # In a store the page is put first, and a kill may leave it alone.
+    if not target.is_dir() or {entry.name for entry in target.entries()} - {"report.html"}:
         raise UsageError(f"{target} exists and is not a report; use another --out")
 
 
@@ -108,7 +112,6 @@ def _publish(report: EvaluationReport, page: str, target: Location) -> None:
         write_json(staging / "report.json", report.model_dump(mode="json"))
         publish(staging, target.local)
         return
-    (target / "report.json").remove()
     (target / "report.html").write_bytes(page.encode())
     (target / "report.json").write_bytes(json_bytes(report.model_dump(mode="json")))
 

@@ -34,7 +34,8 @@ from sentinode.manifests import ENGINE_FORMAT_VERSION, BundleManifest, EngineMan
 from sentinode.metrics import roc_auc
 from sentinode.predictor import load_network
 from sentinode.publishing import upload_folder
-from sentinode.storage import exclusive, publish, sha256_file, staging_path, temporary_folder, write_json
+from sentinode.sole_writer import sole_writer
+from sentinode.storage import publish, sha256_file, staging_path, temporary_folder, write_json
 from sentinode.versions import cpu_name, git_commit, library_versions
 
 
@@ -130,12 +131,12 @@ def export(config: ExportConfig, bundle: str | Path, data: str | Path, engine: s
 
 @contextmanager
 def _staging_for(target: Location) -> Iterator[Path]:
-    """Yield an empty folder to make an engine in; nobody else makes one in a local `target` meanwhile."""
-    if not target.is_local:
-        with TemporaryDirectory(prefix="engine-", dir=temporary_folder()) as name:
-            yield Path(name)
-        return
-    with exclusive(target.local):
+    """Yield an empty folder to make an engine in; nobody else makes one in `target` meanwhile."""
+    with sole_writer(target, say):
+        if not target.is_local:
+            with TemporaryDirectory(prefix="engine-", dir=temporary_folder()) as name:
+                yield Path(name)
+            return
         staging = staging_path(target.local)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()

@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -38,6 +38,7 @@ from sentinode.engines import choose_engine
 from sentinode.errors import ManifestError, SentinodeError, StorageError, UsageError
 from sentinode.locations import Location, locate
 from sentinode.manifests import PREDICTIONS_FORMAT_VERSION, PredictionsManifest, read_predictions_manifest
+from sentinode.sole_writer import sole_writer
 from sentinode.storage import canonical_json, exclusive, json_bytes, publish, sha256_file, staging_path, temporary_name
 from sentinode.versions import git_commit, library_versions
 
@@ -86,9 +87,7 @@ def predict(config: PredictConfig, bundle: str | Path, source: str | Path | Loca
         The work failed, e.g. the network's answer is not a number. Nothing was published.
     """
     model, target = Bundle.open(bundle), locate(out)
-    if not target.name:
-        raise UsageError(f"{target}: name a folder in the bucket")
-    if target.exists() and not (target / "_manifest.json").exists() and (target.is_local or not Work.in_store(target).plan.exists()):
+    if not (target / "_manifest.json").exists() and not _may_be_begun(target):
         raise UsageError(f"{target} exists; remove it or use another --out")
     inputs = open_inputs(source if isinstance(source, Location) else str(source))
     accepted = model.manifest.patch_size_px
@@ -99,7 +98,7 @@ def predict(config: PredictConfig, bundle: str | Path, source: str | Path | Loca
     if (manifest := _finished(target, key)) is not None:
         _clear_up(target)
         return PredictResult(target, manifest, already_complete=True)
-    with exclusive(target.local) if target.is_local else nullcontext():
+    with sole_writer(target, say) as problem:
         if (manifest := _finished(target, key)) is not None:  # another process may have finished it since
             return PredictResult(target, manifest, already_complete=True)
         with connected(config.workers * config.cpus_per_worker, verbose=verbose):
@@ -127,8 +126,18 @@ def predict(config: PredictConfig, bundle: str | Path, source: str | Path | Loca
             library_versions=library_versions(),
             git_commit=git_commit(),
         )
+        if lost := problem():
+            raise UsageError(lost)
         _publish(work, manifest, target)
     return PredictResult(target, manifest, predicted=predicted, seconds=seconds)
+
+
+def _may_be_begun(target: Location) -> bool:
+    """Tell whether there is nothing at `target`, or in a store what an interrupted run left."""
+    if not target.exists():
+        return True
+    work = Work.in_store(target)
+    return not target.is_local and (work.plan.exists() or {entry.name for entry in target.entries()} == {work.folder.name})
 
 
 def _plan(config: PredictConfig, model: Bundle, inputs: Inputs) -> dict[str, Any]:
@@ -203,7 +212,7 @@ def _open_work_on_disk(target: Location, key: str, plan: dict[str, Any], inputs:
 
 
 def _open_work_in_store(target: Location, key: str, plan: dict[str, Any], inputs: Inputs, config: PredictConfig) -> Work:
-    """As on disk, but work of another plan is refused: whoever does it may be at it."""
+    """As on disk, but work of another plan is refused: its parts lie where the predictions will."""
     work = Work.in_store(target)
     if not work.plan.exists():
         _begin(work, plan, inputs, config)

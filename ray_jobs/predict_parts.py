@@ -109,11 +109,16 @@ class Work:
         """The note of one part."""
         return self.folder / f"part-{unit:05d}.json"
 
+    def _holds(self, unit: int, part: PredictionPart) -> bool:
+        file = self.part(unit)
+        # What is put into a store is there whole or not at all, and reading it again would cost more than making it.
+        return hashlib.sha256(file.read_bytes()).hexdigest() == part.sha256 if file.is_local else file.size() == part.bytes
+
     def whole_part(self, unit: int, engine: str, device: str) -> PartNote | None:
         """Return the note of a part that is whole and was made by this engine on this kind of device, since others round differently; else None."""
         try:
             note = PartNote.model_validate_json(self.note(unit).read_bytes())
-            is_whole = (note.engine, note.device) == (engine, device) and hashlib.sha256(self.part(unit).read_bytes()).hexdigest() == note.part.sha256
+            is_whole = (note.engine, note.device) == (engine, device) and self._holds(unit, note.part)
         except (OSError, ValidationError):
             return None
         return note if is_whole else None

@@ -1,7 +1,7 @@
 """The folder of a run or sweep belongs to one configuration and one data set, and to one process at a time.
 
-On disk a lock keeps others out (`sentinode.storage.exclusive`). In an object store the newest process has the run: it writes an id of its own into
-the request, and whoever finds another id there than the one it began with writes nothing more.
+`sentinode.sole_writer` keeps others out. In an object store that cannot be for certain: a process that was held up may come back after another one
+has taken the run. So each process writes an id of its own into the request there, and whoever finds another id than the one it began with stops.
 """
 
 import errno
@@ -9,8 +9,7 @@ import fnmatch
 import hashlib
 import json
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sentinode.bundle import Bundle
 from sentinode.config import Config
-from sentinode.errors import SentinodeError, StorageError, UsageError
+from sentinode.errors import ManifestError, SentinodeError, StorageError, UsageError
 from sentinode.locations import Entry, Location
-from sentinode.storage import exclusive, json_bytes, remove_any, temporary_folder
+from sentinode.storage import json_bytes, remove_any, temporary_folder
 
 REQUEST_FILE = "request.json"
 # What a process leaves that is killed between making a folder and writing its request (`temporary_name`).
@@ -136,37 +135,39 @@ def unwritable(folder: Location, error: OSError) -> SentinodeError:
 
 
 def open_finished_bundle(folder: Location) -> Bundle | None:
-    """Return the run's bundle if it is there already (verified), None if not."""
-    return Bundle.open(folder / "bundle") if (folder / "bundle" / "bundle.json").exists() else None
+    """Return the run's bundle if it is there already (verified), None if not; raises ManifestError where it is damaged."""
+    bundle = folder / "bundle"
+    if not (bundle / "bundle.json").exists():
+        return None
+    try:
+        return Bundle.open(bundle)
+    except ManifestError as error:
+        raise ManifestError(f"{error}; remove {bundle} and repeat the command, which makes it again from the checkpoints") from error
 
 
-def features_folder(folder: Location) -> Path:
+def features_folder(folder: Location, data_fingerprint: str) -> Path:
     """Return where outputs of frozen stages are kept while a run or sweep trains: in its folder, or of one in a store on the own disk."""
     if folder.is_local:
         return folder.local / "features"
-    return temporary_folder() / f"features-{hashlib.sha256(folder.uri.encode()).hexdigest()[:12]}"
+    # They may outlive the run there, and another one of the same name, on other data, must not take them for its own.
+    return temporary_folder() / f"features-{hashlib.sha256(f'{folder.uri} {data_fingerprint}'.encode()).hexdigest()[:12]}"
 
 
-def remove_features(folder: Location) -> None:
+def remove_features(folder: Location, data_fingerprint: str) -> None:
     """Remove what `features_folder` holds, for a store's on every node that answers within a minute. Ray must run."""
     if folder.is_local:
-        remove_any(features_folder(folder))
+        remove_any(features_folder(folder, data_fingerprint))
         return
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    tasks = [_remove_here.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(folder) for node in nodes]
+    tasks = [
+        _remove_here.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(folder, data_fingerprint) for node in nodes
+    ]
     ray.wait(tasks, num_returns=len(tasks), timeout=_REMOVAL_S)
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _remove_here(folder: Location) -> None:
-    remove_any(features_folder(folder))
-
-
-@contextmanager
-def having(folder: Location) -> Iterator[None]:
-    """Keep other processes from the run in `folder` where a lock can; in an object store `RunRequest.claim` takes it from them."""
-    with exclusive(folder.local) if folder.is_local else nullcontext():
-        yield
+def _remove_here(folder: Location, data_fingerprint: str) -> None:
+    remove_any(features_folder(folder, data_fingerprint))
 
 
 def _difference(stored: Mapping[str, Any], request: Mapping[str, Any]) -> str | None:

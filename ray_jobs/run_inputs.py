@@ -67,12 +67,14 @@ class FoldRows:
 
     Attributes
     ----------
+    dataset : PreparedDataset
     everything : ObjectRef of Patches
         All rows of the splits train and val, in order.
     validates : ObjectRef of ndarray of bool, shape (n,)
         Which of them validate; the others train.
     """
 
+    dataset: PreparedDataset
     everything: Any
     validates: Any
     ingest: Ingest = "resident"
@@ -139,7 +141,7 @@ def load_folds(dataset: PreparedDataset, config: TrainConfig, folds: Sequence[in
         ray.get(validates)
     except ray.exceptions.RayError as error:
         raise task_error(error, "reading the data set") from error
-    return {fold: FoldRows(everything, mask) for fold, mask in zip(folds, validates, strict=True)}
+    return {fold: FoldRows(dataset, everything, mask) for fold, mask in zip(folds, validates, strict=True)}
 
 
 def _wait_for_room() -> None:

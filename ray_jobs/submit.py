@@ -234,8 +234,7 @@ def submit(client: JobSubmissionClient, command: Command, submission_id: str | N
         known = {job.submission_id: job for job in client.list_jobs() if job.submission_id}
         attempts = [name for name in known if name == base or (name.startswith(f"{base}-") and name.removeprefix(f"{base}-").isdigit())]
         for name in attempts:
-            status = known[name].status.value
-            if (submission_id and status == "SUCCEEDED") or (status not in _ENDED and not _is_lost(client, known[name])):
+            if (submission_id and known[name].status.value == "SUCCEEDED") or _goes_on(client, known[name]):
                 return name, False
         # Ray knows an id for good: what failed, was lost or was stopped is tried under the next.
         name = base if not attempts else f"{base}-{len(attempts) + 1}"
@@ -247,6 +246,14 @@ def submit(client: JobSubmissionClient, command: Command, submission_id: str | N
                     raise SentinodeError(f"the job was not taken: {str(error).strip().splitlines()[0][:300]}") from error
                 continue  # somebody was quicker with the same command
         return name, True
+
+
+def _goes_on(client: JobSubmissionClient, job: Any) -> bool:
+    try:
+        return job.status.value not in _ENDED and not _is_lost(client, job)
+    except RayStateApiException:
+        # Of nodes nothing can be learnt now: whoever follows the job asks again.
+        return True
 
 
 def _is_lost(client: JobSubmissionClient, job: Any) -> bool:

@@ -20,7 +20,7 @@ from ray_jobs.checkpoints import Saved, best_and_last, last_good
 from ray_jobs.cluster import Need, check_capacity, connected, reserved, signal_handlers_kept, wants_gpus
 from ray_jobs.failures import task_error, training_error
 from ray_jobs.progress import following
-from ray_jobs.run_folder import RunRequest, having, open_finished_bundle, problem_with, remove_features
+from ray_jobs.run_folder import RunRequest, open_finished_bundle, problem_with, remove_features
 from ray_jobs.run_inputs import LoadedRows, load_rows
 from ray_jobs.stopping import StopOnSignal
 from ray_jobs.tracking import RunFacts, Tracking, check_trackers, tracking
@@ -34,6 +34,7 @@ from sentinode.finishing import finish_bundle
 from sentinode.locations import Location, locate
 from sentinode.manifests import BundleManifest
 from sentinode.model import initial_state
+from sentinode.sole_writer import sole_writer
 from sentinode.training import Progress
 from sentinode.versions import git_commit, library_versions
 
@@ -81,7 +82,7 @@ def train(config: TrainConfig, data: str | Path, out: str | Path, *, verbose: bo
     dataset = PreparedDataset.open(data)
     folder = locate(out)
     check_trackers(config, folder)
-    with having(folder):
+    with sole_writer(folder, say):
         request = RunRequest(folder, "train", config, dataset.manifest.fingerprint, dataset.manifest.split.folds)
         request.check()
         finished = open_finished_bundle(folder)
@@ -107,7 +108,7 @@ def train(config: TrainConfig, data: str | Path, out: str | Path, *, verbose: bo
                 weights, progress = best
                 _record(trackers, progress)
                 bundle = finish(weights, rows, config, dataset, folder / "bundle", run_id, name=folder.name, use_gpu=use_gpu)
-                remove_features(folder)
+                remove_features(folder, dataset.manifest.fingerprint)
                 trackers.end("finished", _result(bundle))
     return TrainResult(bundle, progress.history, already_complete=False)
 
@@ -187,7 +188,7 @@ def fit_run(config: TrainConfig, folder: Location, run_id: str, rows: LoadedRows
     _, last = best_and_last(folder)
     if last is None or not (last.progress.history and last.progress.is_over(config)):
         _fit(config, folder, run_id, rows, initial_weights(config) if last is None else None, use_gpu=use_gpu, trackers=Tracking({}))
-    remove_features(folder)
+    remove_features(folder, rows.dataset.manifest.fingerprint)
 
 
 def _fit(
@@ -303,6 +304,9 @@ def _finish(
 ) -> None:
     if problem := problem_with(out.parent, run_id):
         raise UsageError(problem)
+    # Ray runs this again where the node was lost that had just finished it.
+    if open_finished_bundle(out.parent) is not None:
+        return
     torch.set_num_threads(config.cpus_per_worker)
     finish_bundle(weights, calibration, config, dataset.manifest, out, name=name, device=device)
 

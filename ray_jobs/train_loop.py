@@ -85,7 +85,7 @@ def train_loop_per_worker(given: dict[str, Loop]) -> dict[str, str] | None:
     source = loop.rows.source(config, group.device)
     try:
         hooks = Hooks(epoch_done, wishes, checkpoint)
-        features = FeatureStore(features_folder(loop.folder), config.feature_cache_gib * 2**30)
+        features = FeatureStore(features_folder(loop.folder, loop.rows.dataset.manifest.fingerprint), config.feature_cache_gib * 2**30)
         return ended(lambda: train_epochs(learner, source, loop.rows.validation(config), config, progress, hooks, group, features))
     finally:
         source.close()

@@ -48,7 +48,7 @@ def make_trainer(
     from ray_jobs.process_group import TorchConfigAtNodeAddresses
 
     tidy(folder)
-    files, path = storage_of(folder)
+    files, path = storage_of(folder, folder, run_id)
     parent = os.path.dirname(path)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_POLL_S))
     resources = {"CPU": config.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})

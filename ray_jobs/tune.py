@@ -22,7 +22,7 @@ import yaml
 from ray_jobs.checkpoints import ABOUT_FILE, Saved
 from ray_jobs.cluster import capacity, connected
 from ray_jobs.progress import following
-from ray_jobs.run_folder import REQUEST_FILE, RunRequest, having, open_finished_bundle, problem_with, remove_features
+from ray_jobs.run_folder import REQUEST_FILE, RunRequest, open_finished_bundle, problem_with, remove_features
 from ray_jobs.run_inputs import FoldRows, LoadedRows, load_folds, load_rows
 from ray_jobs.sweep.course import Course
 from ray_jobs.sweep.progress import SweepProgress
@@ -43,6 +43,7 @@ from sentinode.locations import Location, locate
 from sentinode.search.journal import Journal, TrialRecord
 from sentinode.search.point_sources import PointSource, point_source
 from sentinode.search.warm_start import kept_warm_start, warm_start
+from sentinode.sole_writer import sole_writer
 from sentinode.storage import json_bytes
 
 
@@ -86,7 +87,7 @@ def tune(config: SweepConfig, data: str | Path, out: str | Path, *, verbose: boo
     dataset, folder = PreparedDataset.open(data), locate(out)
     base = config.train_config({})
     check_trackers(base, folder)
-    with having(folder):
+    with sole_writer(folder, say):
         request = RunRequest(folder, "tune", config, dataset.manifest.fingerprint, dataset.manifest.split.folds)
         request.check()
         finished = open_finished_bundle(folder)
@@ -113,7 +114,7 @@ def tune(config: SweepConfig, data: str | Path, out: str | Path, *, verbose: boo
             sweep = _Sweep(config, base, dataset, folder, run_id, rows, initial, journal, use_gpu)
             started.keep(folder)
             _search(sweep, source, verbose=verbose)
-            remove_features(folder)
+            remove_features(folder, dataset.manifest.fingerprint)
             bundle = _finish(sweep, notes)
     return TuneResult(bundle, journal.trials, standings(journal.trials, config), already_complete=False)
 
@@ -224,6 +225,8 @@ def _search(sweep: _Sweep, source: PointSource, *, verbose: bool) -> None:
 def _finish(sweep: _Sweep, notes: list[str]) -> Bundle:
     """Write trials.csv, best.yaml, the report, and last the bundle: a sweep with a bundle is complete."""
     config, dataset, folder, trials = sweep.config, sweep.dataset, sweep.folder, sweep.journal.trials
+    if problem := problem_with(folder, sweep.run_id):
+        raise UsageError(problem)
     best = next(iter(standings(trials, config)), None)
     if best is None:
         errors = [trial.error for trial in trials if trial.error]

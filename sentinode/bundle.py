@@ -165,7 +165,10 @@ class Bundle:
         """
         if self.manifest.members:
             raise UsageError(f"{self.where}: an ensemble, without weights of its own; name one of its members, {self.where / 'members/00'}")
-        data = (self.path / WEIGHTS_FILE).read_bytes()
+        try:
+            data = (self.path / WEIGHTS_FILE).read_bytes()
+        except FileNotFoundError as error:
+            raise ManifestError(f"{self.where / WEIGHTS_FILE}: is gone, or its copy on this machine is; run the same command again") from error
         if hashlib.sha256(data).hexdigest() != self.manifest.files[WEIGHTS_FILE]:
             raise ManifestError(f"{self.where / WEIGHTS_FILE}: sha256 differs from bundle.json")
         try:
@@ -333,12 +336,22 @@ def write_ensemble(
 def check_replaceable(target: Location) -> None:
     """Raise UsageError where something else than a bundle, or an empty folder, stands at `target`; in an object store, where anything does."""
     if not target.is_local:
-        # Replaced file by file it would, for a while, be neither the old nor the new one.
-        if (target / "bundle.json").exists():
-            raise UsageError(f"{target}: a bundle is there, and in an object store none is replaced; use another --out")
+        _check_free(target)
         return
     path = target.local
     if path.exists() and not (path / "bundle.json").exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f"{target} exists and is not a model bundle")
+
+
+def _check_free(target: Location) -> None:
+    if not target.name:
+        raise UsageError(f"{target}: name a folder in the bucket")
+    names = {entry.name for entry in target.entries()} if target.exists() else set()
+    # Replaced file by file it would, for a while, be neither the old nor the new one.
+    if "bundle.json" in names:
+        raise UsageError(f"{target}: a bundle is there, and in an object store none is replaced; use another --out")
+    # What an upload that was cut off has left is overwritten.
+    if names - {WEIGHTS_FILE, CARD_FILE, "members"}:
         raise UsageError(f"{target} exists and is not a model bundle")
 
 

@@ -44,8 +44,8 @@ def local_copy(bundle: Location, *, anew: bool = False) -> Path:
         # Of several replicas that start at the same time one fetches, the others wait for it.
         with (copies / f".{copy.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if anew or not copy.is_dir():
-                _fetch(bundle, entries, copy)
+            if anew or not _holds(copy, entries):
+                _replace(bundle, entries, copy)
     except OSError as error:
         raise StorageError(f"{bundle}: cannot be copied to {copy} ({error.strerror}); make room there, or set TMPDIR to another folder") from error
     return copy
@@ -70,13 +70,30 @@ def _is_inner(name: str, names: set[str]) -> bool:
     return parts[0] == "members"
 
 
-def _fetch(bundle: Location, entries: list[Entry], copy: Path) -> None:
+def _holds(copy: Path, entries: list[Entry]) -> bool:
+    """Tell whether all files are there. Temporary files get cleared away one by one, and an engine that is gone would be done without."""
+    return all((copy / entry.name).is_file() and (copy / entry.name).stat().st_size == entry.size for entry in entries)
+
+
+def fetch(bundle: Location, folder: Path) -> None:
+    """Copy what a bundle in an object store holds into a folder of the caller's; raises like `local_copy`."""
+    try:
+        _fetch(bundle, _entries(bundle), folder)
+    except OSError as error:
+        raise StorageError(f"{bundle}: cannot be copied to {folder} ({error.strerror}); make room there, or set TMPDIR to another folder") from error
+
+
+def _fetch(bundle: Location, entries: list[Entry], folder: Path) -> None:
+    for entry in entries:
+        target = folder / entry.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (bundle / entry.name).get_file(target)
+
+
+def _replace(bundle: Location, entries: list[Entry], copy: Path) -> None:
     incoming, outgoing = (copy.with_name(f".{copy.name}.{secrets.token_hex(4)}.{what}") for what in ("new", "old"))
     try:
-        for entry in entries:
-            target = incoming / entry.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (bundle / entry.name).get_file(target)
+        _fetch(bundle, entries, incoming)
         if copy.exists():
             copy.rename(outgoing)
         incoming.rename(copy)

@@ -111,6 +111,8 @@ def _local_meaning(error: Exception, where: str) -> Exception:
 def store_meaning(error: Exception, where: str) -> Exception:
     """Return what an error of a client library means: an OSError, or StorageError if it may pass. Errors of no client are returned as they are."""
     name, text = type(error).__name__, _described(error)
+    if _is_precondition(error):
+        return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), where)
     if isinstance(error, _MEANINGS):
         return next(kind for kind in _MEANINGS if isinstance(error, kind))(_errno_of(error), text, where)
     if "Credential" in name:
@@ -123,6 +125,12 @@ def store_meaning(error: Exception, where: str) -> Exception:
     if is_of_client or isinstance(error, (TimeoutError, ConnectionError)) or (isinstance(error, OSError) and error.errno in _STORE_PASSING):
         return StorageError(f"{where}: the storage does not answer ({text}); repeat the command when it does")
     return OSError(error.errno or errno.EINVAL, text, where) if isinstance(error, OSError) else error
+
+
+def _is_precondition(error: Exception) -> bool:
+    """Tell whether the store has refused a put because the object is there; s3fs names that only where the answer says which condition failed."""
+    answer = getattr(error.__cause__ or error, "response", None)
+    return isinstance(answer, dict) and answer.get("Error", {}).get("Code") in ("PreconditionFailed", "412")
 
 
 def _errno_of(error: OSError) -> int:

@@ -3,16 +3,18 @@
 import hashlib
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow.parquet as pq
 
 from sentinode.bundle import Bundle
-from sentinode.bundle_copies import local_copy
+from sentinode.bundle_copies import fetch
 from sentinode.dataset import PreparedDataset
 from sentinode.engines import verify_engines
 from sentinode.errors import ManifestNotFoundError
 from sentinode.locations import Location, locate
 from sentinode.manifests import read_bundle_manifest, read_predictions_manifest
+from sentinode.storage import temporary_folder
 
 
 def verify_folder(path: str | Path | Location) -> tuple[str, list[str]]:
@@ -36,18 +38,25 @@ def verify_folder(path: str | Path | Location) -> tuple[str, list[str]]:
     if (location / "dataset.json").exists():
         return "prepared data set", PreparedDataset.open(location).verify()
     if (location / "bundle.json").exists():
-        # Anew: what is in the store is asked about, not a copy of it.
-        folder = location.local if location.is_local else local_copy(location, anew=True)
-        bundle = Bundle(folder, read_bundle_manifest(folder), location)
-        problems = bundle.verify()
-        if not problems or not bundle.manifest.members:
-            for network in bundle.networks():
-                inside = network.path.relative_to(folder)
-                problems += [f"{inside}: {problem}" if bundle.manifest.members else problem for problem in verify_engines(network)]
-        return "ensemble" if bundle.manifest.members else "model bundle", problems
+        if location.is_local:
+            return _verify_bundle(location.local, location)
+        # What is in the store is asked about, not a copy that this machine may have of it.
+        with TemporaryDirectory(prefix="verify-", dir=temporary_folder()) as folder:
+            fetch(location, Path(folder))
+            return _verify_bundle(Path(folder), location)
     if (location / "_manifest.json").exists():
         return "folder of predictions", _verify_predictions(location)
     raise ManifestNotFoundError(f"{location}: nothing to verify (no dataset.json, bundle.json or _manifest.json there)")
+
+
+def _verify_bundle(folder: Path, where: Location) -> tuple[str, list[str]]:
+    bundle = Bundle(folder, read_bundle_manifest(folder), where)
+    problems = bundle.verify()
+    if not problems or not bundle.manifest.members:
+        for network in bundle.networks():
+            inside = network.path.relative_to(folder)
+            problems += [f"{inside}: {problem}" if bundle.manifest.members else problem for problem in verify_engines(network)]
+    return "ensemble" if bundle.manifest.members else "model bundle", problems
 
 
 def _verify_predictions(folder: Location) -> list[str]:

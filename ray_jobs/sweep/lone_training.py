@@ -12,7 +12,6 @@ import torch
 
 from ray_jobs.checkpoint_writers import LoneCheckpointWriter
 from ray_jobs.checkpoints import best_and_last, lacking_room, restore, tidy
-from ray_jobs.run_folder import features_folder
 from ray_jobs.run_inputs import FoldRows, LoadedRows
 from ray_jobs.stopping import Wishes
 from sentinode.config import TrainConfig
@@ -42,7 +41,7 @@ class LoneTraining:
     log : ActorHandle or None
         A ProgressLog, whose wish to stop is heeded.
     features : Path or None
-        Where outputs of frozen stages are kept, for all trainings on these data; the run's folder without.
+        Where outputs of frozen stages are kept, for all trainings on these data; without, the run's folder, which is on disk then.
     told : int
         Epochs of this training that the caller knows: `next_epoch` begins with the one after them.
 
@@ -86,7 +85,7 @@ class LoneTraining:
         self._group = Group(device=device)
         self._source = rows.source(config, device)
         self._val = rows.validation(config)
-        self._features = FeatureStore(features or features_folder(folder), config.feature_cache_gib * 2**30)
+        self._features = FeatureStore(features or folder.local / "features", config.feature_cache_gib * 2**30)
         self._epoch_done = False
 
     def next_epoch(self) -> dict[str, Any] | None:

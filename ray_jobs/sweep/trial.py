@@ -183,11 +183,15 @@ class Trial(Trainable):  # type: ignore[misc]
         if problem := problem_with(shared.folder, shared.run_id):
             raise UsageError(problem)
         folder = trial_folder(shared.folder, job.number, fold)
-        (folder / REQUEST_FILE).write_bytes(json_bytes({"id": shared.run_id, "verb": "trial"}))
+        try:
+            (folder / REQUEST_FILE).write_bytes(json_bytes({"id": shared.run_id, "verb": "trial"}))
+        except OSError as error:
+            # Not this trial's fault: the next one would meet it too.
+            raise StorageError(f"{folder}: cannot be written ({error.strerror or error})") from error
         rows = self._rows(config, fold)
         told = self._told.get(fold, 0)
         if config.max_workers == 1:
-            features, initial = features_folder(shared.folder), self._initial(config)
+            features, initial = features_folder(shared.folder, shared.dataset.manifest.fingerprint), self._initial(config)
             return LoneTraining(config, folder, shared.run_id, rows, initial, use_gpu=shared.use_gpu, log=shared.log, features=features, told=told)
         initial = self._initial(config)
         return GroupTraining(config, folder, shared.run_id, rows, initial, use_gpu=shared.use_gpu, log=shared.log, told=told)

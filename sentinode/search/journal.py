@@ -248,17 +248,23 @@ class Journal:
             with self.path.local.open("ab") as file:
                 if file.tell() and not self._ends_whole():
                     # Named, so that readers know the line before it for what a kill left.
-                    line = b"\n" + json.dumps({"event": "resume", "trial": -1, "at": round(time.time(), 3)}).encode() + b"\n" + line
+                    line = b"\n" + self._resume() + line
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be written ({error.strerror}); make room there and repeat the command") from error
 
+    @staticmethod
+    def _resume() -> bytes:
+        return json.dumps({"event": "resume", "trial": -1, "at": round(time.time(), 3)}).encode() + b"\n"
+
     def _put(self, line: bytes) -> None:
         if problem := self.problem():
             raise UsageError(problem)
-        content = self._content + line
+        # A line torn on a disk that the sweep was copied from.
+        whole = not self._content or self._content.endswith(b"\n")
+        content = self._content + (b"" if whole else b"\n" + self._resume()) + line
         self.path.write_bytes(content)
         self._content = content
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ray_jobs.checkpoints import saved_checkpoints
-from ray_jobs.evaluate import evaluate
+from ray_jobs.evaluate import _check_replaceable, evaluate
 from ray_jobs.predict import _open_work_in_store, _plan, predict
 from ray_jobs.predict_inputs import open_inputs
 from ray_jobs.predict_parts import PartNote, Work
@@ -108,3 +108,23 @@ def test_an_interrupted_prediction_in_an_object_store_continues(
     assert len(again.manifest.parts) == parts
     assert [part.sha256 for part in again.manifest.parts] == [part.sha256 for part in whole.manifest.parts]
     assert predict(config, bundle, source, out).already_complete
+
+
+def test_predictions_killed_before_their_plan_was_written_begin_anew(
+    ray_session: None, free_cpus: None, dataset: PreparedDataset, s3_folder: str, tmp_path: Path
+) -> None:
+    (locate(s3_folder) / "out" / "_work" / "inputs.parquet").write_bytes(b"half of it")
+    bundle = make_bundle(tmp_path / "bundle").path
+    assert predict(PredictConfig(), bundle, dataset.location.local, f"{s3_folder}/out").manifest.rows == len(dataset.index)
+    (locate(s3_folder) / "else" / "part-00000.parquet").write_bytes(b"somebody's")
+    with pytest.raises(UsageError, match="exists; remove it or use another --out"):
+        predict(PredictConfig(), bundle, dataset.location.local, f"{s3_folder}/else")
+
+
+def test_a_report_whose_writing_was_cut_off_is_made_by_the_same_command(s3_folder: str) -> None:
+    target = locate(s3_folder) / "report"
+    (target / "report.html").write_bytes(b"<html>")
+    _check_replaceable(target)
+    (target / "notes.txt").write_bytes(b"somebody's")
+    with pytest.raises(UsageError, match="exists and is not a report"):
+        _check_replaceable(target)

@@ -1,5 +1,6 @@
 """Bundles in an object store: copied, checked, and never a mixture."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,28 @@ def test_a_damaged_copy_is_fetched_again(stored: str) -> None:
     assert Bundle.open(stored).verify() == []
 
 
+def test_an_engine_that_was_cleared_out_of_a_copy_is_fetched_again(stored: str, s3_server: s3.Server) -> None:
+    for name in ("engine.json", "model.onnx"):
+        s3_server.client().put_object(Bucket=stored.split("/")[2], Key=f"folder/engines/onnxruntime/{name}", Body=b"{}")
+    copy = Bundle.open(stored).path
+    shutil.rmtree(copy / "engines")
+    assert (Bundle.open(stored).path / "engines" / "onnxruntime" / "model.onnx").exists()
+
+
+def test_weights_that_are_cleared_away_while_a_bundle_is_open_are_told(stored: str) -> None:
+    opened = Bundle.open(stored)
+    shutil.rmtree(opened.path)
+    with pytest.raises(ManifestError, match="is gone, or its copy on this machine is; run the same command again"):
+        opened.read_weights()
+
+
+def test_verifying_looks_at_the_store_and_leaves_copies_alone(stored: str) -> None:
+    copy = Bundle.open(stored).path
+    (copy / "model.safetensors").write_bytes(b"")
+    assert verify_folder(stored) == ("model bundle", [])
+    assert (copy / "model.safetensors").read_bytes() == b""
+
+
 def test_damage_in_the_store_is_refused_and_names_the_store(stored: str, s3_server: s3.Server) -> None:
     s3_server.client().put_object(Bucket=stored.split("/")[2], Key="folder/model.safetensors", Body=b"other weights")
     with pytest.raises(ManifestError, match=rf"{stored}: model.safetensors: sha256 differs from bundle.json"):
@@ -101,6 +124,11 @@ def test_a_bundle_is_not_replaced_in_a_store(stored: str, tmp_path: Path) -> Non
 
     with pytest.raises(UsageError, match="a bundle is there, and in an object store none is replaced"):
         check_replaceable(locate(stored))
+    (locate(stored) / "runs" / "one" / "request.json").write_bytes(b"{}")
+    with pytest.raises(UsageError, match="exists and is not a model bundle"):
+        check_replaceable(locate(stored) / "runs")
+    with pytest.raises(UsageError, match="name a folder in the bucket"):
+        check_replaceable(locate("/".join(stored.split("/")[:3])))
     upload_folder(tmp_path / "bundle", locate(stored), "bundle.json")  # the same again is no other
     (tmp_path / "bundle" / "bundle.json").write_text("{}")
     with pytest.raises(UsageError, match="another process has published there"):

@@ -360,3 +360,12 @@ def test_refused_access_is_a_permission_error(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Path, "read_bytes", failing(1, errno.EACCES))
     with pytest.raises(PermissionError):
         locate(tmp_path / "a").read_bytes()
+
+
+@pytest.mark.parametrize("condition", [{"Condition": "If-None-Match"}, {}])
+def test_a_put_refused_because_the_object_is_there_means_that_whatever_the_store_says_of_it(condition: dict[str, str]) -> None:
+    refused = ClientError({"Error": {"Code": "PreconditionFailed", "Message": "…"} | condition}, "PutObject")
+    translated = translate_boto_error(refused)
+    translated.__cause__ = refused
+    for error in (refused, translated):
+        assert isinstance(store_meaning(error, "s3://bucket/key"), FileExistsError)
