@@ -16,6 +16,8 @@ from pathlib import Path
 import httpx
 import psutil
 
+from tests.processes import ROOT
+
 
 @dataclass(frozen=True)
 class Head:
@@ -25,6 +27,27 @@ class Head:
     job_server: str
     environment: dict[str, str]
     """What a command needs to be let in: the mode and the token."""
+    folder: Path
+    """Of Ray's own files, the session's logs among them."""
+    process: psutil.Process
+    """`ray start`; all others of the head descend from it."""
+
+    def environment_with(self, token: str | None = "") -> dict[str, str]:
+        """Return the environment of a command that finds the head: with its token, with another, or without one."""
+        chosen = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")} | self.environment
+        chosen["RAY_API_SERVER_ADDRESS"] = self.job_server
+        if token is None:
+            del chosen["RAY_AUTH_TOKEN"]
+            chosen["RAY_AUTH_MODE"] = "disabled"
+        elif token:
+            chosen["RAY_AUTH_TOKEN"] = token
+        return chosen
+
+    def run(self, *argv: str | Path, token: str | None = "", timeout_s: float = 240) -> "subprocess.CompletedProcess[str]":
+        """Run a program of the environment's, like `ray`, `serve` or `sentinode`, to its end."""
+        program = [sys.executable, "-m", "ray_jobs.cli"] if argv[0] == "sentinode" else [str(Path(sys.executable).parent / argv[0])]
+        command = [*program, *map(str, argv[1:])]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=self.environment_with(token), cwd=ROOT)
 
 
 @contextmanager
@@ -54,7 +77,7 @@ def head_with_token(cpus: int = 4) -> Iterator[Head]:
         try:
             job_server = f"http://127.0.0.1:{dashboard_port}"
             _wait_until_it_answers(job_server, token, process, log)
-            yield Head(f"127.0.0.1:{port}", job_server, guard)
+            yield Head(f"127.0.0.1:{port}", job_server, guard, Path(folder), psutil.Process(process.pid))
         finally:
             # All at once: asked to end, it would wait half a minute for each.
             for one in [process, *psutil.Process(process.pid).children(recursive=True)]:
