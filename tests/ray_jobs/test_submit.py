@@ -4,11 +4,8 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from ray_jobs.submit import PACKAGES, check_command, connect, split_arguments, u
 from sentinode.errors import ConfigError, UsageError
 from tests.heads import Head, head_with_token
 from tests.processes import ROOT
+from tests.strangers import answering_with
 
 VERBS = ["prepare", "train", "tune"]
 
@@ -91,33 +89,6 @@ def test_what_is_too_big_to_send_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         upload_folder({"submitted/huge.yaml": tmp_path / "huge.yaml"}),
     ):
         pass
-
-
-@contextmanager
-def answering_with(status: int, body: bytes, delay_s: float = 0) -> Iterator[str]:
-    """A server that is no job server."""
-    over = threading.Event()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            over.wait(delay_s)
-            with suppress(BrokenPipeError):  # who asked has given up
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(body)
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        over.set()
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture(autouse=True)
