@@ -64,7 +64,7 @@ class Need:
 def connected(need_cpus: float, *, verbose: bool = False) -> Iterator[None]:
     """Be connected to Ray inside the block; what is started here is stopped at its end.
 
-    A Ray that we start listens on localhost, asks for a token of its own (nothing is written to the user's home) and has at least
+    A Ray that we start has its dashboard on localhost, asks for a token of its own (nothing is written to the user's home) and has at least
     `need_cpus + 2` logical CPUs, so that driver, workers and ingest fit on a small machine.
 
     Raises

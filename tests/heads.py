@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +32,15 @@ class Head:
     process: psutil.Process
     """`ray start`; all others of the head descend from it."""
 
+    @property
+    def home(self) -> Path:
+        """The home folder of the head, and of commands that are run here; empty to begin with."""
+        return self.folder / "home"
+
     def environment_with(self, token: str | None = "") -> dict[str, str]:
         """Return the environment of a command that finds the head: with its token, with another, or without one."""
         chosen = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")} | self.environment
-        chosen["RAY_API_SERVER_ADDRESS"] = self.job_server
+        chosen |= {"RAY_API_SERVER_ADDRESS": self.job_server, "HOME": str(self.home)}
         if token is None:
             del chosen["RAY_AUTH_TOKEN"]
             chosen["RAY_AUTH_MODE"] = "disabled"
@@ -43,16 +48,19 @@ class Head:
             chosen["RAY_AUTH_TOKEN"] = token
         return chosen
 
-    def run(self, *argv: str | Path, token: str | None = "", timeout_s: float = 240) -> "subprocess.CompletedProcess[str]":
-        """Run a program of the environment's, like `ray`, `serve` or `sentinode`, to its end."""
+    def run(
+        self, *argv: str | Path, token: str | None = "", more: Mapping[str, str] | None = None, timeout_s: float = 240
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run a program of the environment's, like `ray`, `serve` or `sentinode`, to its end; `more`: further variables."""
         program = [sys.executable, "-m", "ray_jobs.cli"] if argv[0] == "sentinode" else [str(Path(sys.executable).parent / argv[0])]
         command = [*program, *map(str, argv[1:])]
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=self.environment_with(token), cwd=ROOT)
+        environment = self.environment_with(token) | dict(more or {})
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, cwd=ROOT)
 
 
 @contextmanager
-def head_with_token(cpus: int = 4) -> Iterator[Head]:
-    """Start a head of its own, in temporary folders, and end it."""
+def head_with_token(cpus: int = 4, more: Mapping[str, str] | None = None) -> Iterator[Head]:
+    """Start a head of its own, in temporary folders, and end it. `more`: variables of its environment, and so of all its processes."""
     with tempfile.TemporaryDirectory(prefix="sn-head-", dir="/tmp") as folder, socket.socket() as one, socket.socket() as other:
         for probe in (one, other):
             probe.bind(("127.0.0.1", 0))
@@ -66,7 +74,7 @@ def head_with_token(cpus: int = 4) -> Iterator[Head]:
         environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
         # The `python` of a job's command line is found as the head finds it.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment |= guard | {"HOME": str(home), "PATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
+        environment |= guard | {"HOME": str(home), "PATH": path, "RAY_USAGE_STATS_ENABLED": "0"} | dict(more or {})
         command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1"]
         command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}", f"--num-cpus={cpus}", "--num-gpus=0", f"--temp-dir={folder}"]
         # Else two heads on one machine want the same port of the agent.
