@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 PATIENCE_VARIABLE = "SENTINODE_STORAGE_PATIENCE_S"
 """Environment variable: seconds for which a failing object store is tried again (default 60)."""
 
-FIRST_CONTACT_S = 15.0
+FIRST_CONTACT_S = 10.0
 """So long a command tries a store that nobody has reached yet, where no connection can be made at all."""
 
 _T = TypeVar("_T")
