@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 
+from ray_jobs.ray_address import check_ray_address, refused
 from ray_jobs.verb import say
 from sentinode.errors import CapacityError, SentinodeError, UsageError
 
 _LOCALHOST = "127.0.0.1"
-_CONNECT_TIMEOUT_S = 10
 _START_TIMEOUT_S = 60
 # A cloud node takes minutes to boot and pull its image; Ray Train's own 60 s would give up on every cold start.
 _AUTOSCALED_START_TIMEOUT_S = 900
@@ -63,7 +64,7 @@ class Need:
 def connected(need_cpus: float, *, verbose: bool = False) -> Iterator[None]:
     """Be connected to Ray inside the block; what is started here is stopped at its end.
 
-    A Ray that we start listens on localhost, asks for a token of its own (nothing is written to the user's home) and has at least
+    A Ray that we start has its dashboard on localhost, asks for a token of its own (nothing is written to the user's home) and has at least
     `need_cpus + 2` logical CPUs, so that driver, workers and ingest fit on a small machine.
 
     Raises
@@ -77,10 +78,13 @@ def connected(need_cpus: float, *, verbose: bool = False) -> Iterator[None]:
     noise: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        _check_reachable(address)
+        if _is_host_and_port(address):  # else auto, ray://…: Ray's to resolve
+            check_ray_address(address)
         try:
             with _standard_error_kept(verbose), signal_handlers_kept():
                 ray.init(address=address, **noise)
+        except AuthenticationError as error:
+            raise refused(address) from error
         except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
             raise UsageError(f"RAY_ADDRESS={address}: no Ray cluster can be reached there ({_first_line(error)})") from error
     else:
@@ -93,15 +97,9 @@ def connected(need_cpus: float, *, verbose: bool = False) -> Iterator[None]:
             del os.environ["RAY_ADDRESS"]
 
 
-def _check_reachable(address: str) -> None:
-    """Refuse an address where nothing listens; Ray itself would try for minutes."""
+def _is_host_and_port(address: str) -> bool:
     host, separator, port = address.rpartition(":")
-    if not separator or not port.isdigit() or "/" in host:
-        return  # auto, ray://…: Ray's to resolve
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
-        raise UsageError(f"RAY_ADDRESS={address}: no Ray cluster can be reached there ({error})") from error
+    return bool(separator) and port.isdigit() and "/" not in host
 
 
 def _start_local(need_cpus: float, verbose: bool, noise: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ from ray.job_submission import JobSubmissionClient
 from ray.util.state import get_node
 from ray.util.state.exception import RayStateApiException
 
+from ray_jobs.ray_address import TOKEN_HINT
 from ray_jobs.verb import add_common_arguments, config_from, duration_text, main_of, say
 from sentinode.errors import SentinodeError, StoppedError, StorageError, UsageError
 from sentinode.locations import locate
@@ -215,7 +216,7 @@ def _answering(address: str) -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:
-        raise UsageError(f"{address}: refused without its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH") from error
+        raise UsageError(f"{address}: refused without its token; {TOKEN_HINT}") from error
     except (ConnectionError, requests.ConnectionError, requests.Timeout) as error:
         raise UsageError(f"{address}: no Ray job server can be reached there ({type(error).__name__})") from error
     except (requests.RequestException, RayStateApiException, RuntimeError, ValueError, KeyError, TypeError) as error:

@@ -14,6 +14,7 @@ from typing import Any
 from sentinode import RESEARCH_USE_NOTICE
 from sentinode.config import Config, ConfigT, load_config
 from sentinode.errors import ConfigError, SentinodeError, StoppedError, one_line
+from sentinode.retries import await_first_contact
 
 PRESETS = Path(__file__).parent / "presets"
 Run = Callable[[argparse.Namespace], dict[str, Any]]
@@ -68,6 +69,7 @@ def main_of(prog: str, doc: str | None, add_arguments: Callable[[argparse.Argume
 def execute(run: Run, args: argparse.Namespace) -> int:
     """Run a verb with parsed arguments: one line for an error (the traceback with -v), JSON last if asked for."""
     _configure_output(args.verbose)
+    await_first_contact()
     # One way to stop: SIGTERM takes the road of Ctrl-C, which Ray Train handles by ending its workers in order.
     previous = signal.signal(signal.SIGTERM, _as_interrupt)
     try:

@@ -7,6 +7,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from typing import TypeVar
 
 from sentinode.errors import ConfigError, StorageError
@@ -15,6 +16,9 @@ log = logging.getLogger(__name__)
 
 PATIENCE_VARIABLE = "SENTINODE_STORAGE_PATIENCE_S"
 """Environment variable: seconds for which a failing object store is tried again (default 60)."""
+
+FIRST_CONTACT_S = 10.0
+"""So long a command tries a store that nobody has reached yet, where no connection can be made at all."""
 
 _T = TypeVar("_T")
 # What a network file system answers while a server restarts or fails over.
@@ -33,7 +37,22 @@ _STORE_PASSING = _LOCAL_PASSING | {
 }
 # Their own errors, which are no OSErrors: connections refused or dropped, answers cut short, answers that are not the protocol's.
 _CLIENT_LIBRARIES = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "azure", "urllib3"}
+# How they name it where no connection could be made: a wrong address, an unknown name, nobody listening.
+_UNREACHABLE = {"EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError", "ClientConnectorDNSError", "ServiceRequestError"}
 _MEANINGS = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+
+
+_reached_a_store = True
+
+
+def await_first_contact() -> None:
+    """From now on, in this process and until a store has answered once, end attempts to reach one after FIRST_CONTACT_S.
+
+    For commands that begin: an address that was never reached is more often wrong than down for a minute, and nothing is lost yet. Other processes
+    of a cluster keep the whole patience, since they may begin while a store is away.
+    """
+    global _reached_a_store
+    _reached_a_store = False
 
 
 def try_local(where: str, action: Callable[[], _T]) -> _T:
@@ -61,7 +80,27 @@ def try_store(where: str, action: Callable[[], _T]) -> _T:
     StorageError
         It kept failing.
     """
-    return _try(where, action, store_meaning, store_waits())
+    began = time.monotonic()
+
+    def act() -> _T:
+        result = action()
+        _note_contact()
+        return result
+
+    def meaning(error: Exception, where: str) -> Exception:
+        if type(error).__name__ not in _UNREACHABLE:
+            _note_contact()
+        return store_meaning(error, where)
+
+    def may_go_on() -> bool:
+        return _reached_a_store or time.monotonic() - began < FIRST_CONTACT_S
+
+    return _try(where, act, meaning, takewhile(lambda _: may_go_on(), store_waits()))
+
+
+def _note_contact() -> None:
+    global _reached_a_store
+    _reached_a_store = True
 
 
 def _try(where: str, action: Callable[[], _T], meaning: Callable[[Exception, str], Exception], waits: Iterator[float]) -> _T:

@@ -8,13 +8,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import httpx
 import psutil
+
+from tests.processes import ROOT
 
 RAY = str(Path(sys.executable).parent / "ray")
 
@@ -27,6 +29,35 @@ class Head:
     job_server: str
     environment: dict[str, str]
     """What a command needs to be let in: the mode and the token."""
+    folder: Path
+    """Of its home, and of Ray's own files, the session's logs among them."""
+    process: psutil.Process | None = None
+    """`ray start`, once it runs; all others of the head descend from it."""
+
+    @property
+    def home(self) -> Path:
+        """The home folder of the head, and of commands that are run here; empty to begin with."""
+        return self.folder / "home"
+
+    def environment_with(self, token: str | None = "") -> dict[str, str]:
+        """Return the environment of a command that finds the head: with its token, with another, or without one."""
+        chosen = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")} | self.environment
+        chosen |= {"RAY_API_SERVER_ADDRESS": self.job_server, "HOME": str(self.home)}
+        if token is None:
+            del chosen["RAY_AUTH_TOKEN"]
+            chosen["RAY_AUTH_MODE"] = "disabled"
+        elif token:
+            chosen["RAY_AUTH_TOKEN"] = token
+        return chosen
+
+    def run(
+        self, *argv: str | Path, token: str | None = "", more: Mapping[str, str] | None = None, timeout_s: float = 240
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run a program of the environment's, like `ray`, `serve` or `sentinode`, to its end; `more`: further variables."""
+        program = [sys.executable, "-m", "ray_jobs.cli"] if argv[0] == "sentinode" else [str(Path(sys.executable).parent / argv[0])]
+        command = [*program, *map(str, argv[1:])]
+        environment = self.environment_with(token) | dict(more or {})
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, cwd=ROOT)
 
 
 @dataclass
@@ -49,6 +80,7 @@ class HeadMachine:
             self.starts += 1
             self.process = self._ray_start(self._head_arguments(), "head", {})
             if _answers(self.head, self.process):
+                self.head = replace(self.head, process=psutil.Process(self.process.pid))
                 return
             _kill_tree(self.process)
         raise AssertionError((self.folder / "head.log").read_text())
@@ -84,12 +116,12 @@ class HeadMachine:
             _kill_tree(process)
 
     def _ray_start(self, arguments: list[str], name: str, extra: dict[str, str]) -> "subprocess.Popen[bytes]":
-        home = self.folder / "home"
-        home.mkdir(exist_ok=True)
         environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
         # The `python` of a job's command line is found as the head finds it.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment |= self.head.environment | {"HOME": str(home), "PATH": path, "RAY_USAGE_STATS_ENABLED": "0"} | self.extra_environment | extra
+        environment |= (
+            self.head.environment | {"HOME": str(self.head.home), "PATH": path, "RAY_USAGE_STATS_ENABLED": "0"} | self.extra_environment | extra
+        )
         # Else two nodes on one machine want the same port of the agent.
         command = [RAY, "start", "--block", "--num-gpus=0", "--dashboard-agent-listen-port=0", *arguments]
         with (self.folder / f"{name}.log").open("ab") as out:
@@ -97,8 +129,8 @@ class HeadMachine:
 
 
 @contextmanager
-def machine_for_a_head(cpus: int = 4, environment: dict[str, str] | None = None, arguments: list[str] | None = None) -> Iterator[HeadMachine]:
-    """A place for a head in temporary folders; what was started there is ended."""
+def machine_for_a_head(cpus: int = 4, environment: Mapping[str, str] | None = None, arguments: list[str] | None = None) -> Iterator[HeadMachine]:
+    """A place for a head in temporary folders; what was started there is ended. `environment`: variables of all its processes."""
     with tempfile.TemporaryDirectory(prefix="sn-head-", dir="/tmp") as folder, socket.socket() as one, socket.socket() as other:
         for probe in (one, other):
             probe.bind(("127.0.0.1", 0))
@@ -106,8 +138,9 @@ def machine_for_a_head(cpus: int = 4, environment: dict[str, str] | None = None,
         one.close()
         other.close()
         guard = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        head = Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}", guard)
-        machine = HeadMachine(Path(folder), head, cpus, environment or {}, arguments or [])
+        head = Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}", guard, Path(folder))
+        head.home.mkdir()
+        machine = HeadMachine(Path(folder), head, cpus, dict(environment or {}), arguments or [])
         try:
             yield machine
         finally:
@@ -115,9 +148,9 @@ def machine_for_a_head(cpus: int = 4, environment: dict[str, str] | None = None,
 
 
 @contextmanager
-def head_with_token(cpus: int = 4) -> Iterator[Head]:
-    """Start a head of its own, in temporary folders, and end it."""
-    with machine_for_a_head(cpus) as machine:
+def head_with_token(cpus: int = 4, more: Mapping[str, str] | None = None) -> Iterator[Head]:
+    """Start a head of its own, in temporary folders, and end it. `more`: variables of its environment, and so of all its processes."""
+    with machine_for_a_head(cpus, more) as machine:
         machine.start()
         yield machine.head
 

@@ -2,15 +2,11 @@
 
 import asyncio
 import json
-import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +20,7 @@ from ray_jobs.submit import PACKAGES, JobError, check_command, connect, follow, 
 from sentinode.errors import ConfigError, SentinodeError, UsageError
 from tests.heads import Head, head_with_token
 from tests.processes import ROOT
+from tests.strangers import answering_with
 
 VERBS = ["prepare", "train", "tune"]
 
@@ -95,33 +92,6 @@ def test_what_is_too_big_to_send_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         upload_folder({"submitted/huge.yaml": tmp_path / "huge.yaml"}),
     ):
         pass
-
-
-@contextmanager
-def answering_with(status: int, body: bytes, delay_s: float = 0) -> Iterator[str]:
-    """A server that is no job server."""
-    over = threading.Event()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            over.wait(delay_s)
-            with suppress(BrokenPipeError):  # who asked has given up
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(body)
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        over.set()
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture(autouse=True)
@@ -275,49 +245,26 @@ def head() -> Iterator[Head]:
         yield head
 
 
-def sentinode(head: Head, *argv: str | Path, token: str | None = "", timeout_s: float = 240) -> "subprocess.CompletedProcess[str]":
-    """Run a command with the head's token, another, or none."""
-    return subprocess.run(
-        [sys.executable, "-m", "ray_jobs.cli", *map(str, argv)],
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        env=environment(head, token),
-        cwd=ROOT,
-    )
-
-
-def environment(head: Head, token: str | None = "") -> dict[str, str]:
-    chosen = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")} | head.environment
-    chosen["RAY_API_SERVER_ADDRESS"] = head.job_server
-    if token is None:
-        del chosen["RAY_AUTH_TOKEN"]
-        chosen["RAY_AUTH_MODE"] = "disabled"
-    elif token:
-        chosen["RAY_AUTH_TOKEN"] = token
-    return chosen
-
-
 @pytest.mark.ray
 def test_a_verb_runs_as_a_job_and_its_exit_code_is_ours(head: Head, tmp_path: Path) -> None:
     source = synthesize(tmp_path / "source", 120, 1)
     prepare = ("submit", "prepare", "--source", source, "--out", tmp_path / "data")
-    done = sentinode(head, *prepare, "--json")
+    done = head.run("sentinode", *prepare, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["submission_id"].startswith("prepare-")
     assert (tmp_path / "data/dataset.json").is_file()
     # Again: a new attempt, of a verb that finds it done.
-    again = sentinode(head, *prepare)
+    again = head.run("sentinode", *prepare)
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"submitted: {told['submission_id']}-2" in again.stdout
     assert "already complete" in again.stdout
     # What only the cluster can know is the job's to refuse, with its own code.
-    refused = sentinode(head, "submit", "prepare", "--source", tmp_path / "nowhere", "--out", tmp_path / "other")
+    refused = head.run("sentinode", "submit", "prepare", "--source", tmp_path / "nowhere", "--out", tmp_path / "other")
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert "failed with exit code 2" in refused.stderr
     # And what can be known here is refused here.
-    wrong = sentinode(head, "submit", "train", "--data", "d", "--out", "o", "--set", "epoch=3")
+    wrong = head.run("sentinode", "submit", "train", "--data", "d", "--out", "o", "--set", "epoch=3")
     assert wrong.returncode == 2
     assert "submitted" not in wrong.stdout
 
@@ -326,7 +273,7 @@ def test_a_verb_runs_as_a_job_and_its_exit_code_is_ours(head: Head, tmp_path: Pa
 @pytest.mark.parametrize("token", [None, "wrong" * 16])
 def test_without_the_token_nothing_is_taken(head: Head, token: str | None, tmp_path: Path) -> None:
     began = time.monotonic()
-    refused = sentinode(head, "submit", "prepare", "--source", tmp_path, "--out", tmp_path / "data", token=token)
+    refused = head.run("sentinode", "submit", "prepare", "--source", tmp_path, "--out", tmp_path / "data", token=token)
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert "token" in refused.stderr
     assert refused.stderr.count("\n") == 1
@@ -337,12 +284,20 @@ def test_without_the_token_nothing_is_taken(head: Head, token: str | None, tmp_p
 @pytest.mark.ray
 def test_ctrl_c_detaches_and_stop_stops(head: Head, tmp_path: Path) -> None:
     source = synthesize(tmp_path / "source", 120, 1)
-    assert sentinode(head, "submit", "prepare", "--source", source, "--out", tmp_path / "data").returncode == 0
-    sets = ("epochs=5000", "arch=resnet18", "weights=none", "unfreeze_depth=5", "input_size_px=32", "batch_size=8")
+    assert head.run("sentinode", "submit", "prepare", "--source", source, "--out", tmp_path / "data").returncode == 0
+    sets = (
+        "epochs=5000",
+        "early_stopping_patience_epochs=null",
+        "arch=resnet18",
+        "weights=none",
+        "unfreeze_depth=5",
+        "input_size_px=32",
+        "batch_size=8",
+    )
     train = ("submit", "train", "--data", tmp_path / "data", "--out", tmp_path / "run", "--set", *sets)
     command = [sys.executable, "-m", "ray_jobs.cli", *map(str, train)]
     following = subprocess.Popen(
-        command, env=environment(head), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, env=head.environment_with(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     assert following.stdout is not None
     lines = iter(following.stdout.readline, "")
@@ -353,13 +308,13 @@ def test_ctrl_c_detaches_and_stop_stops(head: Head, tmp_path: Path) -> None:
     assert following.returncode == 3
     assert f"detached; {name} goes on" in error
     # The same command again follows the job that runs; it is not a second one.
-    again = sentinode(head, *train, "--detach")
+    again = head.run("sentinode", *train, "--detach")
     assert again.returncode == 0, again.stderr
     assert f"already there: {name}" in again.stdout
-    stopped = sentinode(head, "submit", "--stop", name)
+    stopped = head.run("sentinode", "submit", "--stop", name)
     assert stopped.returncode == 0, stopped.stderr
     assert f"{name}: stopped" in stopped.stdout
     assert list((tmp_path / "run").glob("checkpoint_*"))
-    unknown = sentinode(head, "submit", "--stop", "nothing-1")
+    unknown = head.run("sentinode", "submit", "--stop", "nothing-1")
     assert unknown.returncode == 2
     assert "there is no such job" in unknown.stderr
