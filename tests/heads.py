@@ -131,14 +131,9 @@ class HeadMachine:
 @contextmanager
 def machine_for_a_head(cpus: int = 4, environment: Mapping[str, str] | None = None, arguments: list[str] | None = None) -> Iterator[HeadMachine]:
     """A place for a head in temporary folders; what was started there is ended. `environment`: variables of all its processes."""
-    with tempfile.TemporaryDirectory(prefix="sn-head-", dir="/tmp") as folder, socket.socket() as one, socket.socket() as other:
-        for probe in (one, other):
-            probe.bind(("127.0.0.1", 0))
-        port, dashboard_port = one.getsockname()[1], other.getsockname()[1]
-        one.close()
-        other.close()
+    with tempfile.TemporaryDirectory(prefix="sn-head-", dir="/tmp") as folder:
         guard = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        head = Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}", guard, Path(folder))
+        head = Head(f"127.0.0.1:{lasting_port()}", f"http://127.0.0.1:{lasting_port()}", guard, Path(folder))
         head.home.mkdir()
         machine = HeadMachine(Path(folder), head, cpus, dict(environment or {}), arguments or [])
         try:
@@ -153,6 +148,18 @@ def head_with_token(cpus: int = 4, more: Mapping[str, str] | None = None) -> Ite
     with machine_for_a_head(cpus, more) as machine:
         machine.start()
         yield machine.head
+
+
+def lasting_port() -> int:
+    """A free port of localhost that is still free after its server was away for a while.
+
+    It lies below those that Linux gives to connections (32768 and up), any of which may take it meanwhile, and above those of Ray's workers.
+    """
+    while True:
+        port = 20000 + secrets.randbelow(12000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _kill_tree(process: "subprocess.Popen[bytes]") -> None:

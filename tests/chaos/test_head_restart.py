@@ -21,9 +21,8 @@ from PIL import Image
 
 from sentinode.bundle import Bundle
 from sentinode.dataset import PreparedDataset
-from serve.local import usable_port
 from tests.factories import make_bundle, make_dataset, random_patches
-from tests.heads import RAY, Head, HeadMachine, machine_for_a_head
+from tests.heads import RAY, Head, HeadMachine, lasting_port, machine_for_a_head
 from tests.processes import ROOT, Running, sentinode
 from tests.redis_server import redis_server
 
@@ -51,7 +50,7 @@ class Endpoint:
     """An endpoint with a proxy on the head and one on a node, and the answer to one patch, which is always the same."""
 
     def __init__(self, folder: Path) -> None:
-        self.head_port, self.node_port = usable_port("127.0.0.1", 0), usable_port("127.0.0.1", 0)
+        self.head_port, self.node_port = lasting_port(), lasting_port()
         patch = io.BytesIO()
         Image.fromarray(random_patches(1, seed=5)[0]).save(patch, "PNG")
         self._patch = patch.getvalue()
