@@ -85,7 +85,7 @@ class Road:
         assert job.wait() == 0, "".join(lines)
         assert doing is None, "".join(lines)
         self._until(lambda: self._cpus("available") == self._cpus(), "CPUs are still taken")
-        result: dict[str, Any] = json.loads(lines[-1])
+        result: dict[str, Any] = json.loads(lines[-1])["result"]
         return result
 
     def serve(self, *argv: str, timeout_s: float = 120) -> str:
@@ -161,10 +161,11 @@ def test_the_whole_road_loses_nothing(road: Road, bucket: str, tmp_path: Path, c
     assert dataset.verify() == []
     assert sum(counts.rows for counts in dataset.manifest.counts.values()) + sum(dataset.manifest.rejected.values()) == 5000
 
-    settings = ["--set", *NETWORK, "epochs=3", "workers=2", f"cpus_per_worker={CPUS}"]
+    settings = ["--set", *NETWORK, "epochs=2", "workers=2", f"cpus_per_worker={CPUS}"]
     trained = road.submit("train", "--data", data, "--out", run, *settings, doing="RayTrainWorker", when="epoch 1/")
     config = tmp_path / "sweep.yaml"
-    base = dict(setting.split("=") for setting in NETWORK if "learning_rate" not in setting) | {"epochs": 2, "use_gpu": False}
+    base = dict(setting.split("=") for setting in NETWORK if "learning_rate" not in setting)
+    base |= {"arch": "resnet18", "epochs": 2, "use_gpu": False}
     base = {key: yaml.safe_load(str(value)) for key, value in base.items()}
     config.write_text(yaml.safe_dump({"space": {"learning_rate": {"grid": [1e-4, 1e-3]}}, "trials": 1, "base": base}))
     tuned = road.submit("tune", "--data", data, "--out", sweep, "--config", str(config), doing=TRIAL, when="trial 00000 epoch 1")
