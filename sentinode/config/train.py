@@ -143,7 +143,8 @@ class TrainConfig(Config):
     stream_window_rows: Count = 16384
     """`stream`: rows of each worker among which the order is random; row groups are read in random order."""
     feature_cache_gib: Annotated[float, Field(ge=0)] = 8.0
-    """Room in the run's folder for outputs of frozen stages while it trains, GiB; 0 for none. Only with `augment.views`, and one worker."""
+    """Room for outputs of frozen stages while it trains, GiB; 0 for none. They lie in the run's folder or, of a run in a store, among the temporary
+    files of its node. Only with `augment.views`, and one worker."""
     checkpoint_interval_s: Annotated[float, Field(gt=0)] | None = 600.0
     """A checkpoint within an epoch at least this often, beside the one after each epoch; null for none."""
     trackers: tuple[Literal["tensorboard", "mlflow"], ...] = ("tensorboard",)

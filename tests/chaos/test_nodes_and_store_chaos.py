@@ -136,6 +136,19 @@ def test_training_on_two_nodes_goes_on_on_a_third(cluster: Any, store: str, data
     assert Bundle.open(f"{store}/run2/bundle").manifest.digest == Bundle.open(bundle).manifest.digest
 
 
+def test_a_driver_that_is_killed_leaves_a_run_that_another_takes_over(cluster: Any, store: str, dataset: str, bundle: str) -> None:
+    with running(*_train(dataset, f"{store}/run3"), ray_address=cluster.address) as command:
+        command.wait_for_line("epoch 1/", 180)
+        command.process.kill()
+        command.process.wait()
+    with running(*_train(dataset, f"{store}/run3"), ray_address=cluster.address) as command:
+        command.wait_for_line(f"{store}/run3: looking for 45 s whether another process still writes it", 60)
+        command.wait_for_line("training with 2 workers on cpu, continuing ", 180)
+        command.wait_for_line("bundle: ", 300)
+        _ends_well(command)
+    assert Bundle.open(f"{store}/run3/bundle").manifest.digest == Bundle.open(bundle).manifest.digest
+
+
 def test_a_sweep_goes_on_on_another_node(cluster: Any, store: str, dataset: str, replaced: None, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep.yaml"
     base = dict(setting.split("=") for setting in NETWORK if "learning_rate" not in setting)
