@@ -57,6 +57,10 @@ class Location:
     def __str__(self) -> str:
         return self.uri
 
+    def __fspath__(self) -> str:
+        """Return the path for functions that take one; raises ConfigError where it is not on this machine."""
+        return os.fspath(self.local)
+
     def __truediv__(self, name: str) -> "Location":
         """Return what has this name, relative with "/", below this folder; the folder itself for ""."""
         return Location(f"{self.uri.rstrip('/')}/{name.strip('/')}") if name else self

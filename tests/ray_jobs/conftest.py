@@ -9,6 +9,7 @@ from ray import cloudpickle
 
 from ray_jobs import ensemble, evaluate
 from ray_jobs.train import TrainResult, train
+from sentinode.bundle import Bundle
 from sentinode.config import TrainConfig
 from sentinode.dataset import PreparedDataset
 from sentinode.predictor import Predictor
@@ -34,8 +35,8 @@ def trained(ray_session: None, dataset: PreparedDataset, tmp_path_factory: pytes
 def units_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """`evaluate` and `ensemble` do their units in this process, without Ray, but as if sent to another one."""
 
-    def run_units(bundle: Path, units: list[int], work: Callable[[Predictor, int], pa.Table], *_: Any) -> pa.Table:
-        sent, predictor = cloudpickle.loads(cloudpickle.dumps(work)), Predictor.load(bundle)
+    def run_units(bundle: Bundle, units: list[int], work: Callable[[Predictor, int], pa.Table], *_: Any) -> pa.Table:
+        sent, predictor = cloudpickle.loads(cloudpickle.dumps(work)), Predictor.load(bundle.where)
         return pa.concat_tables([sent(predictor, unit) for unit in units])
 
     for module in (ensemble, evaluate):

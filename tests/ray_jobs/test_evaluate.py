@@ -147,7 +147,7 @@ def test_the_report_counts_every_row_once_and_agrees_with_the_predictor(
     assert interval.low is not None
     assert interval.high is not None
     assert interval.low <= report.roc_auc <= interval.high
-    assert report.headline in (result.path / "report.html").read_text()
+    assert report.headline in (result.path / "report.html").read_bytes().decode()
     assert report.robustness is not None
     assert report.robustness.rows == len(rows)
     # A repeat, here with a comparison, replaces the report.

@@ -369,3 +369,9 @@ def test_a_put_refused_because_the_object_is_there_means_that_whatever_the_store
     translated.__cause__ = refused
     for error in (refused, translated):
         assert isinstance(store_meaning(error, "s3://bucket/key"), FileExistsError)
+
+
+def test_a_local_one_goes_wherever_a_path_does_and_others_say_why_not(tmp_path: Path) -> None:
+    assert Path(locate(tmp_path)) == tmp_path
+    with pytest.raises(ConfigError, match="s3:// is not supported yet for this"):
+        os.fspath(locate("s3://bucket/key"))
