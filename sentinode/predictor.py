@@ -15,6 +15,7 @@ from sentinode.errors import ManifestError, PatchError, PatchErrorCode, UsageErr
 from sentinode.explain import EnsembleExplainer, Explainer
 from sentinode.images import UInt8Array
 from sentinode.inference import network_logits
+from sentinode.locations import Location
 from sentinode.manifests import BundleManifest
 from sentinode.model import build_model
 from sentinode.probability import Decision, calibrated_logit, decide
@@ -42,7 +43,7 @@ class Predictor:
         self._networks = [_Network(network, self.engine, device) for network in bundle.networks()]
 
     @classmethod
-    def load(cls, bundle: str | Path, *, engine: str = "auto", device: str = "cpu") -> "Predictor":
+    def load(cls, bundle: str | Path | Location, *, engine: str = "auto", device: str = "cpu") -> "Predictor":
         """Open, verify and load a bundle; raises like `Bundle.open`."""
         return cls(Bundle.open(bundle), engine=engine, device=device)
 

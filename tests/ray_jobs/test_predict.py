@@ -24,6 +24,7 @@ from ray_jobs.inference import BundleActor
 from ray_jobs.predict import PREDICTION_SCHEMA, PredictResult, main, predict, write_submission
 from ray_jobs.predict_inputs import open_inputs
 from ray_jobs.predict_parts import Slice, Work, full_batches, predict_part
+from sentinode.bundle import Bundle
 from sentinode.config import PredictConfig
 from sentinode.dataset import PreparedDataset
 from sentinode.errors import SentinodeError, StorageError, UsageError
@@ -48,8 +49,8 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The parts are made in this process, by one predictor; returns the numbers of those that were."""
     made: list[int] = []
 
-    def run_units(bundle: Path, units: list[int], work: Callable[[Predictor, int], pa.Table], *rest: Any) -> pa.Table:
-        predictor = Predictor.load(bundle)
+    def run_units(bundle: Bundle, units: list[int], work: Callable[[Predictor, int], pa.Table], *rest: Any) -> pa.Table:
+        predictor = Predictor.load(bundle.where)
         tables = []
         for unit in units:
             tables.append(work(predictor, unit))

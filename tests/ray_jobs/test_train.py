@@ -205,7 +205,7 @@ def test_workers_that_see_another_folder_touch_nothing_there_and_end_the_run_at_
     def claimed_elsewhere(request: RunRequest) -> str:
         claim(request)
         # Of an unrelated run: the driver looked at a folder of its own, where there was none.
-        (request.folder / "checkpoint_000007_a").mkdir()
+        (request.folder / "checkpoint_000007_a").local.mkdir()
         return "0" * 32
 
     monkeypatch.setattr(RunRequest, "claim", claimed_elsewhere)
@@ -218,7 +218,7 @@ def test_workers_that_see_another_folder_touch_nothing_there_and_end_the_run_at_
 
 def test_no_bundle_is_written_where_the_run_s_folder_is_not(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not the same folder on every node"):
-        _finish._function({}, None, TrainConfig(), None, tmp_path / "bundle", "0" * 32, "run", "cpu")
+        _finish._function({}, None, TrainConfig(), None, locate(tmp_path / "bundle"), "0" * 32, "run", "cpu")
     assert list(tmp_path.iterdir()) == []
 
 
