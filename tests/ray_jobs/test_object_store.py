@@ -62,6 +62,7 @@ def test_a_run_in_an_object_store_is_that_on_disk(ray_session: None, free_cpus: 
     assert train(TrainConfig(**QUICK, workers=2), in_store, out).already_complete
 
 
+@pytest.mark.slow
 def test_a_sweep_in_an_object_store_is_that_on_disk(
     ray_session: None, free_cpus: None, dataset: PreparedDataset, in_store: str, tmp_path: Path
 ) -> None:
@@ -85,6 +86,7 @@ def test_patches_of_a_data_set_in_an_object_store_are_predicted(ray_session: Non
     assert [part.sha256 for part in predicted.manifest.parts] == [part.sha256 for part in same.manifest.parts]
 
 
+@pytest.mark.slow
 def test_an_interrupted_prediction_in_an_object_store_continues(
     ray_session: None, free_cpus: None, dataset: PreparedDataset, s3_folder: str, tmp_path: Path
 ) -> None:
