@@ -338,7 +338,16 @@ def test_without_the_token_nothing_is_taken(head: Head, token: str | None, tmp_p
 def test_ctrl_c_detaches_and_stop_stops(head: Head, tmp_path: Path) -> None:
     source = synthesize(tmp_path / "source", 120, 1)
     assert sentinode(head, "submit", "prepare", "--source", source, "--out", tmp_path / "data").returncode == 0
-    sets = ("epochs=5000", "arch=resnet18", "weights=none", "unfreeze_depth=5", "input_size_px=32", "batch_size=8")
+    # Far from its end whenever it is stopped: it would end early by itself on a machine that is slow to start the commands below.
+    sets = (
+        "epochs=5000",
+        "early_stopping_patience_epochs=null",
+        "arch=resnet18",
+        "weights=none",
+        "unfreeze_depth=5",
+        "input_size_px=32",
+        "batch_size=8",
+    )
     train = ("submit", "train", "--data", tmp_path / "data", "--out", tmp_path / "run", "--set", *sets)
     command = [sys.executable, "-m", "ray_jobs.cli", *map(str, train)]
     following = subprocess.Popen(
