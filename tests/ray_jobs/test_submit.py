@@ -285,6 +285,7 @@ def test_without_the_token_nothing_is_taken(head: Head, token: str | None, tmp_p
 def test_ctrl_c_detaches_and_stop_stops(head: Head, tmp_path: Path) -> None:
     source = synthesize(tmp_path / "source", 120, 1)
     assert head.run("sentinode", "submit", "prepare", "--source", source, "--out", tmp_path / "data").returncode == 0
+    # Far from its end whenever it is stopped: it would end early by itself on a machine that is slow to start the commands below.
     sets = (
         "epochs=5000",
         "early_stopping_patience_epochs=null",

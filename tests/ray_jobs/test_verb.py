@@ -112,7 +112,10 @@ def test_an_unknown_preset_names_those_there_are(name: str) -> None:
         (["serve", "--bundle", "{tmp}/none", "--set", "auth=none"], "not a model bundle: {tmp}/none (no bundle.json there)"),
         (["serve", "--bundle", "{tmp}/none", "--set", "max_replica=3"], "unknown key max_replica; did you mean max_replicas?"),
         (["prepare", "--source", "{tmp}/none", "--out", "{tmp}/d"], "{tmp}/none"),
-        (["evaluate", "--bundle", "s3://bucket/b", "--data", "{tmp}", "--out", "{tmp}/r"], "s3:// is not supported yet"),
+        (
+            ["evaluate", "--bundle", "ftp://host/b", "--data", "{tmp}", "--out", "{tmp}/r"],
+            "ftp:// is not supported; use a local path or one of s3://",
+        ),
         (["synth", "--out", "{tmp}/x", "--count", "0"], "count"),
         (["verify", "{tmp}"], "nothing to verify"),
     ],

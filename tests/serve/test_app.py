@@ -79,7 +79,7 @@ def test_all_replicas_get_the_engine_that_was_chosen_when_the_application_was_bu
         ({"auth": "none"}, "bundle: missing; .* SENTINODE_BUNDLE"),
         ({"auth": "none", "bundle": "/no/such"}, "not a model bundle: /no/such"),
         ({"auth": "none", "bundle": "BUNDLE", "engine": "openvino"}, "no engine openvino in it"),
-        ({"auth": "none", "bundle": "s3://bucket/b"}, "s3:// is not supported"),
+        ({"auth": "none", "bundle": "http://host/b"}, "http:// is not supported"),
         ({"bundle": "BUNDLE"}, "sentinode serve --new-key NAME"),
         ({"bundle": "BUNDLE", "api_keys_file": "/no/such"}, "api_keys_file /no/such"),
         ({"bundel": "BUNDLE"}, "args: unknown key bundel; did you mean bundle?"),
