@@ -136,7 +136,7 @@ def this_machine() -> Iterator[Check]:
                 )
     heads = _processes("gcs_server")
     if len(heads) > 1 or (heads and not os.environ.get("RAY_ADDRESS")):
-        do = "set RAY_ADDRESS to the one to use, or end it with `ray stop`: with several, Ray's own tools pick one"
+        do = "set RAY_ADDRESS to the one to use (`ray stop` would end all of them): with several, Ray's own tools pick one"
         yield Check("other Ray", "warn", f"running here: process {', '.join(map(str, heads))}", do)
     else:
         yield Check("other Ray", "ok", "none that could be mistaken")

@@ -6,7 +6,7 @@ from ray.exceptions import AuthenticationError
 
 from sentinode.errors import UsageError
 
-TOKEN_HINT = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+TOKEN_HINT = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of this cluster"
 _ANSWER_TIMEOUT_S = 10.0
 
 

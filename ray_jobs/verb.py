@@ -80,7 +80,10 @@ def execute(run: Run, args: argparse.Namespace) -> int:
         return _report(StoppedError("stopped; repeat the command to continue"), StoppedError.exit_code, args.verbose)
     except Exception as error:
         # A full disk, a lost node, a mistake of ours: one line all the same, and -v for the rest.
-        return _report(SentinodeError(f"{type(error).__name__}: {one_line(error)} (-v shows the traceback)"), 1, args.verbose, cause=error)
+        what = f"{type(error).__name__}: {one_line(error)} (-v shows the traceback)"
+        if isinstance(error, PermissionError) and error.filename:
+            what = f"{error.filename}: {error.strerror}"
+        return _report(SentinodeError(what), 1, args.verbose, cause=error)
     finally:
         signal.signal(signal.SIGTERM, previous)
     if args.json:

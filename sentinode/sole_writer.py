@@ -91,6 +91,8 @@ def sole_writer(out: Location, tell: Callable[[str], None] = log.info) -> Iterat
         raise UsageError(f"{out}: name a folder in the bucket")
     try:
         holder = _take(out, tell)
+    except FileNotFoundError as error:
+        raise UsageError(f"{out}: there is no such bucket; make it first") from error
     except OSError as error:
         raise UsageError(f"{out}: cannot be written ({error.strerror or error})") from error
     ended = threading.Event()

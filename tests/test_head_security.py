@@ -127,7 +127,8 @@ def test_a_stranger_is_refused(head: Head, endpoint: Endpoint, tmp_path: Path, n
     refused = head.run(*command, token=token, more={"RAY_ADDRESS": head.ray_address} if name in ("driver", "sentinode predict") else None)
     took_s = time.monotonic() - began
     said = refused.stdout + refused.stderr
-    assert refused.returncode != 0, said
+    # Ray's own `serve shutdown` ends with 0 although it was refused.
+    assert refused.returncode != 0 or (name == "serve shutdown" and "Unable to shutdown Serve" in said), said
     assert took_s < REFUSAL_S, said
     assert "oken" in said
     if name.startswith("sentinode"):

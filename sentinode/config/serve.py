@@ -19,6 +19,8 @@ class ServeConfig(Config):
     """`keys`: requests need an API key (from SENTINODE_API_KEYS or `api_keys_file`); `none`: anyone who reaches the port may call."""
     api_keys_file: str | None = None
     """File with one `name:sha256-of-key` per line; see docs/serving.md."""
+    revision: str = ""
+    """Any text: change it to have `serve deploy` read keys and bundle again. Serve builds no application anew whose configuration is the same."""
     topology: Literal["fused", "split"] = "fused"
     """`fused`: one deployment decodes and classifies; `split`: HTTP ingress and classifier scale apart, at the price of one hop."""
     engine: Engine = "auto"
