@@ -14,6 +14,7 @@ import yaml
 
 from data_prep.synth import synthesize
 from sentinode.predictor import Predictor
+from serve.auth import new_key
 from serve.check import check_serve_file
 from serve.local import usable_port
 from tests import s3
@@ -93,6 +94,35 @@ def test_what_is_deployed_with_the_token_answers(head: Head, endpoint: Endpoint)
     # Ray's token is no key of the endpoint's.
     for key in (None, "wrong", head.environment["RAY_AUTH_TOKEN"]):
         assert predict(endpoint.url, key).status_code == 401
+
+
+def test_a_key_that_was_taken_out_of_the_file_is_refused_once_another_revision_is_deployed(head: Head, endpoint: Endpoint, tmp_path: Path) -> None:
+    (key, line), keys = new_key("viewer"), tmp_path / "keys"
+    config = yaml.safe_load(endpoint.config.read_text())
+
+    def deploy(revision: str, content: str) -> None:
+        keys.write_text(content)
+        config["applications"][0]["args"] |= {"api_keys_file": str(keys), "revision": revision}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        deployed = head.run("serve", "deploy", tmp_path / "config.yaml", "--address", head.job_server)
+        assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+
+    try:
+        deploy("1", f"{line}\n")
+        _wait_for_answer(endpoint.url, key, 200)
+        deploy("2", "# nobody any more\n")
+        _wait_for_answer(endpoint.url, key, 401)
+        assert predict(endpoint.url, KEY).status_code == 200
+    finally:
+        head.run("serve", "deploy", endpoint.config, "--address", head.job_server)
+        _wait_for_answer(endpoint.url, KEY, 200)
+
+
+def _wait_for_answer(url: str, key: str, status: int, deadline_s: float = 180) -> None:
+    end, poll = time.monotonic() + deadline_s, threading.Event()
+    while predict(url, key).status_code != status:
+        assert time.monotonic() < end, f"never {status}"
+        poll.wait(0.2)
 
 
 STRANGERS = [
