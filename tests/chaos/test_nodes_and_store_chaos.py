@@ -126,6 +126,29 @@ def test_prepare_begins_anew_on_another_node(cluster: Any, store: str, dataset: 
     assert again.manifest.fingerprint == PreparedDataset.open(dataset).manifest.fingerprint
 
 
+def test_prepare_on_all_nodes_goes_on_without_one(cluster: Any, store: str, dataset: str, replaced: None, tmp_path: Path) -> None:
+    argv = [*_prepare(store, f"{store}/shared"), "workers=3", "--work", str(tmp_path / "work")]
+    with running(*argv, ray_address=cluster.address) as command:
+        command.wait_for_line("decode:", 120)
+        _kill_one_that_decodes(cluster)
+        command.wait_for_line("data set:", 300)
+        _ends_well(command)
+    assert not any("preparing on one machine" in line for line in command.lines)
+    again = PreparedDataset.open(f"{store}/shared")
+    assert again.verify() == []
+    assert again.manifest.fingerprint == PreparedDataset.open(dataset).manifest.fingerprint
+
+
+def _kill_one_that_decodes(cluster: Any) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        # Between two tasks no process has the name of one.
+        try:
+            return _kill(cluster, "MapBatches")
+        except AssertionError:
+            assert time.monotonic() < deadline
+
+
 def test_training_on_two_nodes_goes_on_on_a_third(cluster: Any, store: str, dataset: str, bundle: str, replaced: None) -> None:
     with running(*_train(dataset, f"{store}/run2"), ray_address=cluster.address) as command:
         command.wait_for_line("epoch 1/", 180)
