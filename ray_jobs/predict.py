@@ -102,7 +102,10 @@ def predict(config: PredictConfig, bundle: str | Path, source: str | Path | Loca
         if (manifest := _finished(target, key)) is not None:  # another process may have finished it since
             return PredictResult(target, manifest, already_complete=True)
         with connected(config.workers * config.cpus_per_worker, verbose=verbose):
-            work = (_open_work_on_disk if target.is_local else _open_work_in_store)(target, key, plan, inputs, config)
+            if target.is_local:
+                work = _open_work_on_disk(staging_path(target.local), key, plan, inputs, config)
+            else:
+                work = _open_work_in_store(target, plan, inputs, config)
             notes, predicted, seconds = _predict_parts(work, model, inputs, config)
         rows = sum(note.part.rows for note in notes)
         if rows != len(inputs):
@@ -195,9 +198,8 @@ def _remove_work(target: Location) -> None:
         work.remove_tree()
 
 
-def _open_work_on_disk(target: Location, key: str, plan: dict[str, Any], inputs: Inputs, config: PredictConfig) -> Work:
+def _open_work_on_disk(staging: Path, key: str, plan: dict[str, Any], inputs: Inputs, config: PredictConfig) -> Work:
     """Keep what an interrupted run of the same plan left, remove anything else; returns the folder, ready for parts."""
-    staging = staging_path(target.local)
     work = Work.on_disk(staging, key)
     if work.plan.exists():
         for leftover in work.folder.local.rglob(".*.tmp"):
@@ -211,7 +213,7 @@ def _open_work_on_disk(target: Location, key: str, plan: dict[str, Any], inputs:
     return work
 
 
-def _open_work_in_store(target: Location, key: str, plan: dict[str, Any], inputs: Inputs, config: PredictConfig) -> Work:
+def _open_work_in_store(target: Location, plan: dict[str, Any], inputs: Inputs, config: PredictConfig) -> Work:
     """As on disk, but work of another plan is refused: its parts lie where the predictions will."""
     work = Work.in_store(target)
     if not work.plan.exists():

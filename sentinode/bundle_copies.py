@@ -47,7 +47,7 @@ def local_copy(bundle: Location, *, anew: bool = False) -> Path:
             if anew or not _holds(copy, entries):
                 _replace(bundle, entries, copy)
     except OSError as error:
-        raise StorageError(f"{bundle}: cannot be copied to {copy} ({error.strerror}); make room there, or set TMPDIR to another folder") from error
+        raise _not_copied(bundle, copy, error) from error
     return copy
 
 
@@ -80,7 +80,11 @@ def fetch(bundle: Location, folder: Path) -> None:
     try:
         _fetch(bundle, _entries(bundle), folder)
     except OSError as error:
-        raise StorageError(f"{bundle}: cannot be copied to {folder} ({error.strerror}); make room there, or set TMPDIR to another folder") from error
+        raise _not_copied(bundle, folder, error) from error
+
+
+def _not_copied(bundle: Location, folder: Path, error: OSError) -> StorageError:
+    return StorageError(f"{bundle}: cannot be copied to {folder} ({error.strerror}); make room there, or set TMPDIR to another folder")
 
 
 def _fetch(bundle: Location, entries: list[Entry], folder: Path) -> None:

@@ -15,6 +15,7 @@ from sentinode.locations import locate
 from tests import s3
 from tests.clusters import add_node, cluster_of, node_that_runs
 from tests.processes import Running, running, sentinode
+from tests.ray_jobs.conftest import wait_until_all_free
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
@@ -47,29 +48,12 @@ def replaced(cluster: Any, tmp_path: Path) -> Iterator[None]:
     import ray
 
     yield
-    with running_driver(cluster):
-        deadline = time.monotonic() + 60
-        while ray.available_resources().get("CPU") != ray.cluster_resources().get("CPU"):
-            assert time.monotonic() < deadline, "CPUs are still taken"
-            time.sleep(0.2)
-    add_node(cluster, CPUS, tmp_path)
-
-
-class running_driver:
-    """This process as a driver of the cluster."""
-
-    def __init__(self, cluster: Any) -> None:
-        self._address = cluster.address
-
-    def __enter__(self) -> None:
-        import ray
-
-        ray.init(address=self._address, log_to_driver=False)
-
-    def __exit__(self, *_: object) -> None:
-        import ray
-
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        wait_until_all_free(60)
+    finally:
         ray.shutdown()
+    add_node(cluster, CPUS, tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ def test_an_interrupted_prediction_in_an_object_store_continues(
     assert not (locate(out) / "_work").exists()
     # As a kill leaves it: plan and all notes but one, no manifest.
     work = Work.in_store(locate(out))
-    _open_work_in_store(locate(out), "", _plan(config, Bundle.open(bundle), open_inputs(str(source))), open_inputs(str(source)), config)
+    _open_work_in_store(locate(out), _plan(config, Bundle.open(bundle), open_inputs(str(source))), open_inputs(str(source)), config)
     for number, part in enumerate(whole.manifest.parts[1:], start=1):
         note = PartNote(part=part, errors=0, engine="torch", device="cpu")
         work.note(number).write_bytes(json_bytes(note.model_dump(mode="json")))
