@@ -180,7 +180,7 @@ def is_complete(request: PrepareRequest) -> bool:
     if folder.is_local:
         if _is_local_nothing(folder.local, request.source.where):
             return False
-    elif not _bucket_may_exist(folder):
+    elif not folder.bucket_may_exist():
         raise UsageError(f"{folder}: there is no such bucket; make it first")
     elif not (folder / "dataset.json").exists():
         return False  # parts without a manifest hurt nobody: a run puts its own below a prefix that no other uses
@@ -202,15 +202,6 @@ def is_complete(request: PrepareRequest) -> bool:
         if sizes.get(record.path) != record.bytes:
             raise UsageError(f"{folder}: {record.path} is missing or damaged; repeat with --overwrite")
     return True
-
-
-def _bucket_may_exist(folder: Location) -> bool:
-    """Tell whether the bucket is there, before hours of work for it; True where this user may not ask."""
-    scheme, _, rest = folder.uri.partition("://")
-    try:
-        return Location(f"{scheme}://{rest.partition('/')[0]}").exists()
-    except PermissionError:
-        return True
 
 
 def _is_local_nothing(folder: Path, source: str) -> bool:

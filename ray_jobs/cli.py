@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ray_jobs.verb import add_common_arguments, config_from, main_of, say
+from ray_jobs.verb import Parser, add_common_arguments, config_from, main_of, say
 from sentinode import RESEARCH_USE_NOTICE, __version__
 from sentinode.errors import ManifestError, UsageError
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `sentinode`; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     tools = {"verify": (verify, _verify_arguments), "serve": (serve, _serve_arguments), "synth": (synth, _synth_arguments)}
-    parser = argparse.ArgumentParser(prog="sentinode", epilog=RESEARCH_USE_NOTICE, description="Finds metastatic tissue in lymph-node patches.")
+    parser = Parser(prog="sentinode", epilog=RESEARCH_USE_NOTICE, description="Finds metastatic tissue in lymph-node patches.")
     parser.add_argument("--version", action="version", version=f"sentinode {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for name, text in JOBS.items():

@@ -6,7 +6,6 @@
 Runs the very commands that it prints. A repeat skips what is complete. Everything it starts is stopped at its end.
 """
 
-import argparse
 import json
 import os
 import queue
@@ -23,7 +22,7 @@ from typing import Any
 
 import httpx
 
-from ray_jobs.verb import say
+from ray_jobs.verb import Parser, say
 from sentinode import CLASS_NAMES, RESEARCH_USE_NOTICE
 from sentinode.dataset import PreparedDataset
 from sentinode.errors import StoppedError
@@ -41,7 +40,7 @@ _SERVER_STOP_S = 60
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code of the first command that failed, 0 if none did."""
-    parser = argparse.ArgumentParser(prog="python -m ray_jobs.demo", description=(__doc__ or "").split("\n", 1)[0], epilog=RESEARCH_USE_NOTICE)
+    parser = Parser(prog="python -m ray_jobs.demo", description=(__doc__ or "").split("\n", 1)[0], epilog=RESEARCH_USE_NOTICE)
     parser.add_argument("--source", metavar="DIR", help="folder in the Kaggle layout (default: synthetic patches)")
     parser.add_argument("--out", default="demo", metavar="DIR", help="where everything goes (default: demo)")
     args = parser.parse_args(argv)

@@ -18,6 +18,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ _SHARED_MEMORY_SHARE = 0.3
 """Ray's object store takes this share of the memory, in /dev/shm; what does not fit there lies on disk, which is far slower."""
 _OPEN_FILES = 4096
 _PORTS = {8265: "Ray's dashboard and job server", 6379: "Ray's head", 8000: "the endpoint"}
+_HEAD_PORTS = (8265, 6379)
 
 
 @dataclass(frozen=True)
@@ -122,9 +124,11 @@ def _gib(size_bytes: float) -> str:
     return f"{size_bytes / _GIB:.1f} GiB"
 
 
-def this_machine() -> Iterator[Check]:
-    """Look at ports and at another Ray on this machine."""
+def this_machine(cluster_address: str | None = None) -> Iterator[Check]:
+    """Look at ports and at another Ray on this machine; with the address of a cluster not at those that a head would need here."""
     for port, what in _PORTS.items():
+        if cluster_address and port in _HEAD_PORTS:
+            continue
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -188,7 +192,7 @@ def cluster(address: str) -> Callable[[], Iterator[Check]]:
     """Look at a cluster through its job server."""
 
     def check() -> Iterator[Check]:
-        from ray_jobs.submit import connect
+        from ray_jobs.job_server import connect
 
         do = "the tunnel of `ray dashboard`, the address, the token, or `pip install ray==` its version"
         yield _judged("cluster", lambda: connect(address), f"{address} answers, takes the token and runs the same Ray", do)
@@ -212,10 +216,11 @@ def storage(uri: str) -> Callable[[], Iterator[Check]]:
             read = probe.read_bytes()
             probe.remove()
         except (SentinodeError, OSError) as error:
+            what = f"{type(error).__name__}: {error}"
             yield Check(
                 name,
                 "fail",
-                f"{type(error).__name__}: {error}",
+                locate(uri).why_nothing(what) if isinstance(error, FileNotFoundError) else what,
                 "check the name, the credentials in the environment, and the rights to put, get and delete",
             )
         else:
@@ -277,7 +282,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Look at everything; raises SentinodeError where something fails."""
     address = args.address or os.environ.get("RAY_API_SERVER_ADDRESS")
-    checks = [python, gpus, memory_and_disk, this_machine, token, weights]
+    checks: list[Callable[[], Iterator[Check]]] = [python, gpus, memory_and_disk, partial(this_machine, address), token, weights]
     checks += [cluster(address)] if address else []
     checks += [cluster_file(args.cluster_file)] if args.cluster_file else []
     found = run_checks([*checks, *(storage(uri) for uri in args.storage)])

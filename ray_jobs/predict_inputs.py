@@ -90,7 +90,7 @@ def open_inputs(source: str | Location) -> Inputs:
     except NotADirectoryError:
         inputs = _of_file(where)
     except FileNotFoundError as error:
-        raise UsageError(f"source {where}: no such folder or file") from error
+        raise UsageError(f"source {where}: {where.why_nothing('no such folder or file')}") from error
     except OSError as error:
         raise UsageError(f"source {where}: cannot be listed ({error.strerror or error})") from error
     else:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from sentinode import RESEARCH_USE_NOTICE
 from sentinode.config import Config, ConfigT, load_config
@@ -56,12 +56,20 @@ def config_from(args: argparse.Namespace, model: type[ConfigT], **overrides: Any
     return load_config(model, files, args.settings, **overrides)
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser that tells what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with exit code 2."""
+        self.exit(2, f"sentinode: {' '.join(message.split())}; `{self.prog} --help` tells how it is used\n")
+
+
 def main_of(prog: str, doc: str | None, add_arguments: Callable[[argparse.ArgumentParser], None], run: Run, argv: Sequence[str] | None = None) -> int:
     """Run one verb as a program and return its exit code: 0 done, 1 failed, 2 wrong use, 3 stopped with a checkpoint.
 
     `doc`: the docstring of the verb's module; its first line is the description.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=(doc or "").split("\n", 1)[0], epilog=RESEARCH_USE_NOTICE)
+    parser = Parser(prog=prog, description=(doc or "").split("\n", 1)[0], epilog=RESEARCH_USE_NOTICE)
     add_arguments(parser)
     return execute(run, parser.parse_args(argv))
 

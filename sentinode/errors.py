@@ -19,6 +19,10 @@ class ConfigError(UsageError):
     """A configuration key or value is wrong; the message names the key, the value and what was expected."""
 
 
+class MissingPackageError(ConfigError):
+    """What is asked for needs a package that is not installed here."""
+
+
 class ManifestNotFoundError(UsageError):
     """A folder has no manifest, so it is not what it was taken for (or was never finished)."""
 

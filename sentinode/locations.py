@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-from sentinode.errors import ConfigError, StorageError
+from sentinode.errors import ConfigError, MissingPackageError, StorageError
 from sentinode.object_store import PACKAGES, ObjectFile, file_system, path_in, read_objects, stamp_of
 from sentinode.retries import store_meaning, store_waits, try_local, try_store
 from sentinode.storage import local_path, remove_any, write_bytes_atomic
@@ -101,6 +101,20 @@ class Location:
         """Tell whether it is a folder; in an object store, whether anything lies below."""
         info = self._info()
         return info is not None and info[1]
+
+    def bucket_may_exist(self) -> bool:
+        """Tell whether the bucket is there; True where this user may not ask, and on disk, where there is none."""
+        if self.is_local:
+            return True
+        bucket = self.uri.partition("://")[2].partition("/")[0]
+        try:
+            return Location(f"{self._scheme}://{bucket}").exists()
+        except PermissionError:
+            return True
+
+    def why_nothing(self, otherwise: str) -> str:
+        """Return why nothing was found here, in the words of an error: that the bucket is missing, else `otherwise`."""
+        return otherwise if self.bucket_may_exist() else "there is no such bucket"
 
     def size(self) -> int:
         """Return the bytes of a file; raises FileNotFoundError also for a folder."""
@@ -257,7 +271,9 @@ def locate(uri: str | os.PathLike[str] | Location) -> Location:
     Raises
     ------
     ConfigError
-        For a scheme that is not supported or whose package is missing, an empty path, a URI without a bucket or with credentials in it.
+        For a scheme that is not supported, an empty path, a URI without a bucket or with credentials in it.
+    MissingPackageError
+        The scheme's package is not installed.
     """
     if isinstance(uri, Location):
         return uri
@@ -275,7 +291,7 @@ def locate(uri: str | os.PathLike[str] | Location) -> Location:
         raise ConfigError(f"{text}: expected {scheme}://BUCKET/FOLDER")
     package, command = PACKAGES[scheme]
     if importlib.util.find_spec(package) is None:
-        raise ConfigError(f"{scheme}:// needs {package}: {command}")
+        raise MissingPackageError(f"{scheme}:// needs {package}: {command}")
     parts = [part for part in key.split("/") if part]
     return Location("/".join([f"{scheme}://{bucket}", *parts]))
 

@@ -567,7 +567,11 @@ def read_predictions_manifest(folder: str | Path | Location) -> PredictionsManif
 
 
 def _parse(model: type[ManifestT], folder: Path | Location, name: str, what: str, newest: int) -> ManifestT:
-    content = read_manifest_json(folder, name, what, newest)
+    try:
+        content = read_manifest_json(folder, name, what, newest)
+    except ManifestNotFoundError as error:
+        why = locate(folder).why_nothing(f"no {name} there")
+        raise ManifestNotFoundError(f"not a {what}: {folder} ({why})") from error
     try:
         return model(**content)
     except ValidationError as error:

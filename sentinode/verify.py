@@ -46,7 +46,8 @@ def verify_folder(path: str | Path | Location) -> tuple[str, list[str]]:
             return _verify_bundle(Path(folder), location)
     if (location / "_manifest.json").exists():
         return "folder of predictions", _verify_predictions(location)
-    raise ManifestNotFoundError(f"{location}: nothing to verify (no dataset.json, bundle.json or _manifest.json there; of a run name its bundle)")
+    nothing = "nothing to verify (no dataset.json, bundle.json or _manifest.json there; of a run name its bundle)"
+    raise ManifestNotFoundError(f"{location}: {location.why_nothing(nothing)}")
 
 
 def _verify_bundle(folder: Path, where: Location) -> tuple[str, list[str]]:

@@ -46,6 +46,8 @@ NODES, CPUS = 3, 2
 NETWORK = ["arch=resnet34", "weights=none", "unfreeze_depth=5", "input_size_px=32", "learning_rate=1e-3"]
 API_KEY = "sn_road"
 TRIAL = r"ray::(Trial|ResourceTrainable)"
+INFERENCE = r"BundleActor\)\)\.submit"
+"""The name of an actor while it works on a shard or a part; between two it has a shorter one."""
 
 
 class Road:
@@ -69,7 +71,10 @@ class Road:
         self._until(lambda: self._cpus() == living * CPUS, "the nodes have not joined")
 
     def submit(self, *argv: str, doing: str | None = None, when: str = "") -> dict[str, Any]:
-        """Run a verb as a job to its end; once it has said `when`, kill the node that runs a process like `doing`."""
+        """Run a verb as a job to its end; once it has said `when`, kill the node that runs a process like `doing`.
+
+        A log is followed with a delay, in which short work ends: where `when` is said long before the work begins, its process is waited for.
+        """
         self.wait_for_nodes()
         command = [sys.executable, "-m", "ray_jobs.cli", "submit", *argv, "--address", self.machine.head.job_server, "--json"]
         job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=self._environment, cwd=ROOT)
@@ -100,16 +105,24 @@ class Road:
         return os.environ | self.machine.head.environment
 
     def _kill(self, doing: str) -> None:
-        for node in self.machine.nodes:
+        deadline = time.monotonic() + 120
+        while not any(self._killed(node, doing) for node in self.machine.nodes):
+            assert time.monotonic() < deadline, f"no node runs {doing}"
+            time.sleep(0.02)
+
+    def _killed(self, node: "subprocess.Popen[bytes]", doing: str) -> bool:
+        """Kill a node if it runs a process like `doing`."""
+        try:
+            processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return False
+        if not any(re.search(doing, _command_line(process)) for process in processes):
+            return False
+        for process in processes:
             with suppress(psutil.NoSuchProcess):
-                processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
-                if any(re.search(doing, _command_line(process)) for process in processes):
-                    for process in processes:
-                        with suppress(psutil.NoSuchProcess):
-                            process.kill()
-                    node.wait()
-                    return
-        raise AssertionError(f"no node runs {doing}")
+                process.kill()
+        node.wait()
+        return True
 
     def _cpus(self, which: str = "total") -> float:
         """CPUs of the nodes that live, by Ray's own account."""
@@ -169,12 +182,10 @@ def test_the_whole_road_loses_nothing(road: Road, bucket: str, tmp_path: Path, c
     base = {key: yaml.safe_load(str(value)) for key, value in base.items()}
     config.write_text(yaml.safe_dump({"space": {"learning_rate": {"grid": [1e-4, 1e-3]}}, "trials": 1, "base": base}))
     tuned = road.submit("tune", "--data", data, "--out", sweep, "--config", str(config), doing=TRIAL, when="trial 00000 epoch 1")
-    evaluated = road.submit(
-        "evaluate", "--bundle", f"{run}/bundle", "--data", data, "--out", report, "--set", "workers=2", doing="BundleActor", when="evaluate: "
-    )
+    evaluated = road.submit("evaluate", "--bundle", f"{run}/bundle", "--data", data, "--out", report, "--set", "workers=2", doing=INFERENCE)
     small = ["--set", "rows_per_part=200", "workers=2"]
     predicted = road.submit(
-        "predict", "--bundle", f"{run}/bundle", "--source", f"{bucket}/hcd", "--out", predictions, *small, doing="BundleActor", when="predict: "
+        "predict", "--bundle", f"{run}/bundle", "--source", f"{bucket}/hcd", "--out", predictions, *small, doing=INFERENCE, when="predict: "
     )
     assert predicted["rows"] == 5000
     for folder in (f"{run}/bundle", f"{sweep}/bundle", predictions):

@@ -207,8 +207,11 @@ def test_secrets_are_in_no_command_line_log_result_or_answer(head: Head, endpoin
         assert done.returncode == 0, done.stdout + done.stderr
         told[f"submit {command[0]} -v"] = done.stdout + done.stderr
     assert predict(endpoint.url, KEY).status_code == 200
-    missing = head.run("sentinode", "submit", "prepare", "--source", "s3://no-such-bucket-of-ours/a", "--out", tmp_path / "none", "-v")
+    # Not through `sentinode submit`, which would look first.
+    failing = ["python", "-m", "ray_jobs.prepare", "--source", "s3://no-such-bucket-of-ours/a", "--out", tmp_path / "none", "-v"]
+    missing = head.run("ray", "job", "submit", "--working-dir", ROOT, "--", *failing)
     assert missing.returncode != 0
+    assert "there is no such bucket" in missing.stdout
     told["a bucket that is not there"] = missing.stdout + missing.stderr
     for line in (["ray", "job", "list"], ["ray", "status"], ["serve", "config", "-a", head.job_server], ["serve", "status", "-a", head.job_server]):
         done = head.run(*line, more={"RAY_ADDRESS": head.ray_address} if line[1] == "status" else None)

@@ -73,7 +73,7 @@ def _layout(config: PrepareConfig, where: Location, *, has_labels: bool) -> str:
     except NotADirectoryError:
         return _layout_of_file(config, where)
     except FileNotFoundError as error:
-        raise UsageError(f"source {where}: no such folder or file") from error
+        raise UsageError(f"source {where}: {where.why_nothing('no such folder or file')}") from error
     except OSError as error:
         raise UsageError(f"source {where}: cannot be listed ({error.strerror or error})") from error
     if "dataset.json" in is_folder:

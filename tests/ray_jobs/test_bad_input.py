@@ -104,3 +104,4 @@ def test_a_bucket_that_is_not_there(things: Path, s3_server: s3.Server, tmp_path
     uri = "s3://no-such-bucket-of-ours/folder"
     said = refused(1 if name == "doctor --storage" else 2, *_with_storage(name, things, tmp_path, uri))
     assert uri in said
+    assert "there is no such bucket" in said

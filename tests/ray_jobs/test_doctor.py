@@ -68,6 +68,7 @@ def test_a_bucket_that_is_not_there_is_a_failed_check(s3_server: s3.Server) -> N
     with s3.fresh_clients():
         (check,) = run_checks([doctor.storage("s3://no-such-bucket-of-ours/folder")])
     assert check.status == "fail"
+    assert check.found == "there is no such bucket"
     assert check.do
 
 
@@ -76,6 +77,8 @@ def test_a_port_that_is_taken_and_a_folder_that_is_full_are_told(monkeypatch: py
         port = server.getsockname()[1]
         monkeypatch.setattr(doctor, "_PORTS", {port: "ours"})
         assert by_name(run_checks([doctor.this_machine]))[f"port {port}"].status == "warn"
+        monkeypatch.setattr(doctor, "_HEAD_PORTS", (port,))
+        assert f"port {port}" not in by_name(run_checks([lambda: doctor.this_machine("http://a-cluster:8265")]))
     monkeypatch.setattr(doctor, "_DISK_FAIL_GIB", 1e9)
     assert by_name(run_checks([doctor.memory_and_disk]))["disk here"].status == "fail"
 

@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 import ray
 
-import ray_jobs.submit as submit_module
 from data_prep.synth import synthesize
-from ray_jobs.submit import PACKAGES, JobError, check_command, connect, follow, outcome, split_arguments, stop, submit, upload_folder
+from ray_jobs import job_command, job_server
+from ray_jobs.job_command import PACKAGES, check_command, look_for_inputs, upload_folder
+from ray_jobs.job_server import JobError, connect, follow, outcome, stop, submit
+from ray_jobs.submit import split_arguments
 from sentinode.errors import ConfigError, SentinodeError, UsageError
+from tests import s3
 from tests.heads import Head, head_with_token
 from tests.processes import ROOT
 from tests.strangers import answering_with
@@ -58,6 +61,45 @@ def test_a_command_is_checked_before_anything_is_sent(tmp_path: Path) -> None:
         assert command.arguments[-1] == "--json"
 
 
+@pytest.mark.parametrize(
+    ("verb", "arguments", "said"),
+    [
+        ("train", "--data {bucket}/run --out o", r"^not a prepared data set: s3://\S+/run \(no dataset.json there\)"),
+        ("evaluate", "--bundle {bucket}/run --data {bucket}/data --out o", r"^not a model bundle: s3://\S+/run \(no bundle.json there\)$"),
+        ("ensemble", "--bundles {bucket}/run/bundle {bucket}/run --data {bucket}/data --out o", "^not a model bundle: "),
+        ("prepare", "--from s3://no-such-bucket-of-ours/data --out o", r"^not a prepared data set: .*\(there is no such bucket\)"),
+        ("prepare", "--source s3://no-such-bucket-of-ours/a --out o", "^--source s3://no-such-bucket-of-ours/a: there is no such bucket$"),
+        ("prepare", "--source {bucket}/none --out o", r"^--source s3://\S+/none: nothing is there$"),
+        (
+            "train",
+            "--data {bucket}/data --out s3://no-such-bucket-of-ours/run",
+            "^--out s3://no-such-bucket-of-ours/run: there is no such bucket",
+        ),
+        ("train", "--data ftp://host/data --out o", "^ftp://host/data: ftp:// is not supported"),
+    ],
+)
+def test_what_is_not_in_the_store_is_said_before_anything_is_sent(s3_server: s3.Server, verb: str, arguments: str, said: str) -> None:
+    with s3.fresh_clients():
+        bucket = s3_server.new_bucket()
+        s3_server.fill(bucket, ["data/dataset.json", "run/bundle/bundle.json"])
+        with pytest.raises(UsageError, match=said):
+            look_for_inputs(check_command(verb, arguments.format(bucket=bucket).split()))
+        look_for_inputs(check_command("evaluate", f"--bundle {bucket}/run/bundle --data {bucket}/data --out {bucket}/report".split()))
+
+
+def test_a_store_that_only_the_cluster_reaches_is_no_mistake(
+    s3_server: s3.Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = check_command("train", ["--data", "s3://bucket/data", "--out", "s3://bucket/run"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("SENTINODE_STORAGE_PATIENCE_S", "0")
+    with s3.fresh_clients():
+        look_for_inputs(command)
+    told = capsys.readouterr().out
+    assert told.startswith("not looked at from here: s3://bucket/data")
+    assert told.count("\n") == 1
+
+
 def test_the_same_command_has_the_same_id(tmp_path: Path) -> None:
     config = tmp_path / "mine.yaml"
     config.write_text("epochs: 3\n")
@@ -85,7 +127,7 @@ def test_the_upload_is_our_code_and_small(tmp_path: Path) -> None:
 
 
 def test_what_is_too_big_to_send_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit_module, "LARGEST_UPLOAD_BYTES", 4 * 2**20)
+    monkeypatch.setattr(job_command, "LARGEST_UPLOAD_BYTES", 4 * 2**20)
     (tmp_path / "huge.yaml").write_bytes(bytes(5 * 2**20))
     with (
         pytest.raises(UsageError, match=r"the upload has .* the largest: submitted/huge\.yaml \(5\.0 MiB\)"),
@@ -107,7 +149,7 @@ def test_what_is_no_address_is_refused(address: str) -> None:
 
 
 def test_a_server_that_is_none_is_told_from_one_that_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit_module, "_ANSWER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(job_server, "_ANSWER_TIMEOUT_S", 1.0)
     with pytest.raises(UsageError, match="no Ray job server can be reached there"):
         connect("http://127.0.0.1:9")
     with answering_with(200, b"<html>", delay_s=20) as address, pytest.raises(UsageError, match="no Ray job server can be reached there"):
@@ -171,13 +213,13 @@ def job(status: str, name: str = "mine", **changes: Any) -> SimpleNamespace:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is waited for long, and the driver's node is there."""
     for name in ("_POLL_S", "_SILENT_S", "_LOST_TIMEOUT_S", "_STOP_TIMEOUT_S"):
-        monkeypatch.setattr(submit_module, name, 0.05)
-    monkeypatch.setattr(submit_module, "get_node", lambda *_, **__: SimpleNamespace(state="ALIVE"))
+        monkeypatch.setattr(job_server, name, 0.05)
+    monkeypatch.setattr(job_server, "get_node", lambda *_, **__: SimpleNamespace(state="ALIVE"))
 
 
 @pytest.mark.parametrize("node", [None, SimpleNamespace(state="DEAD")])
 def test_a_job_whose_node_is_gone_is_lost_whatever_ray_says(quick: None, node: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit_module, "get_node", lambda *_, **__: node)
+    monkeypatch.setattr(job_server, "get_node", lambda *_, **__: node)
     with pytest.raises(JobError, match="mine was lost with the node of its driver; submitted again, it continues"):
         follow(FakeJobs([[job("RUNNING")]]), "mine")
     command = check_command("train", ["--data", "d", "--out", "o"])
@@ -215,7 +257,7 @@ def test_a_log_is_told_once_however_often_it_breaks_off_or_is_silent(quick: None
 
 
 def test_a_job_server_that_comes_back_is_followed_on(quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(submit_module, "_LOST_TIMEOUT_S", 30)
+    monkeypatch.setattr(job_server, "_LOST_TIMEOUT_S", 30)
     away: list[list[SimpleNamespace] | Exception] = [ConnectionError(), RuntimeError("status code 500")]
     assert follow(FakeJobs([*away, [job("RUNNING")], [job("SUCCEEDED")]]), "mine").status.value == "SUCCEEDED"
     assert capsys.readouterr().out.splitlines() == ["the job server does not answer; asking again for 30 s", "the job server answers again"]

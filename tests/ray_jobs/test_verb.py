@@ -133,6 +133,10 @@ def test_argparse_errors_exit_with_2(argv: list[str], capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as stop:
         sentinode(argv)
     assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sentinode: ")
+    assert error.count("\n") == 1
+    assert "--help` tells how it is used" in error
 
 
 @pytest.mark.parametrize("verb", ["prepare", "train", "tune", "evaluate", "predict", "export", "verify", "serve", "synth"])

@@ -483,7 +483,8 @@ def test_a_store_that_does_not_answer_is_no_damage(
 
 
 def test_a_bucket_that_is_not_there_is_no_data_set(s3_folder: str) -> None:
-    assert refusal(lambda: PreparedDataset.open("s3://no-such-bucket/data"), ManifestNotFoundError).startswith("not a prepared data set: s3://")
+    told = refusal(lambda: PreparedDataset.open("s3://no-such-bucket/data"), ManifestNotFoundError)
+    assert told.startswith("not a prepared data set: s3://no-such-bucket/data (there is no such bucket)")
 
 
 def relabelled(index: pa.Table) -> pa.Table:

@@ -1,0 +1,194 @@
+"""What is sent to a cluster: one verb's command, checked here as far as that is possible, and the upload that it needs."""
+
+import hashlib
+import importlib
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray_jobs.verb import Parser, config_from, say
+from sentinode.errors import MissingPackageError, StorageError, UsageError
+from sentinode.locations import Location, locate
+from sentinode.manifests import read_bundle_manifest, read_dataset_manifest
+
+PACKAGES = ("sentinode", "data_prep", "ray_jobs", "serve")
+"""What a job's driver and workers import of ours."""
+LARGEST_UPLOAD_BYTES = 16 * 1024 * 1024
+_NAMED = 3
+"""So many of the largest files are named when the upload is too big."""
+
+MANIFESTS = {
+    "prepare": "dataset.json",
+    "train": "bundle/bundle.json",
+    "tune": "bundle/bundle.json",
+    "evaluate": "report.json",
+    "predict": "_manifest.json",
+    "ensemble": "bundle.json",
+}
+"""In the folder that a verb makes, what is written last: where it is, the verb has succeeded."""
+
+_INPUTS = {
+    "source": "--source",
+    "from_dataset": "--from",
+    "data": "--data",
+    "bundle": "--bundle",
+    "bundles": "--bundles",
+    "against": "--against",
+    "labels": "--labels",
+    "slides": "--slides",
+}
+"""What a verb reads: the argument's name -> its option."""
+_MANIFEST_OF_INPUT = {
+    "--data": ("dataset.json", read_dataset_manifest),
+    "--from": ("dataset.json", read_dataset_manifest),
+    "--bundle": ("bundle.json", read_bundle_manifest),
+    "--bundles": ("bundle.json", read_bundle_manifest),
+    "--against": ("bundle.json", read_bundle_manifest),
+}
+_OUTPUTS = ("work", "out", "submission")
+_UPLOADED = "submitted"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One verb with its arguments, checked as far as it can be without the cluster's files.
+
+    Attributes
+    ----------
+    verb : str
+    arguments : list of str
+        With `--json`, and with local files of `--config` named as they are in the upload.
+    files : dict
+        Name in the upload -> local file.
+    out : str or None
+        What the verb makes.
+    paths : list of str
+        Arguments that must be the same folder on every node of the cluster.
+    inputs : dict
+        Option -> what the verb reads in an object store.
+    """
+
+    verb: str
+    arguments: list[str]
+    files: dict[str, Path]
+    out: str | None
+    paths: list[str]
+    inputs: dict[str, list[str]]
+
+    @property
+    def entrypoint(self) -> str:
+        """The job's command line."""
+        return shlex.join(["python", "-m", f"ray_jobs.{self.verb}", *self.arguments])
+
+    @property
+    def submission_id(self) -> str:
+        """Of its first attempt: the same for the same command."""
+        digest = hashlib.sha256(self.entrypoint.encode())
+        for name, file in sorted(self.files.items()):
+            digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
+        return f"{self.verb}-{digest.hexdigest()[:12]}"
+
+
+def check_command(verb: str, arguments: Sequence[str]) -> Command:
+    """Check a verb's arguments and configuration as the verb itself would, but for what only the cluster knows.
+
+    Raises
+    ------
+    ConfigError
+        A key or value is wrong.
+    SystemExit
+        An argument is wrong; argparse has told which.
+    """
+    module = importlib.import_module(f"ray_jobs.{verb}")
+    # Without abbreviations, so that `--config` is found wherever it stands.
+    parser = Parser(prog=f"sentinode submit {verb}", allow_abbrev=False)
+    module.add_arguments(parser)
+    parsed = parser.parse_args(arguments)
+    files: dict[str, Path] = {}
+    given = list(arguments)
+    if parsed.config_model is not None:
+        config_from(parsed, parsed.config_model)
+        if parsed.config and "://" not in parsed.config:
+            # The file is here, the job is not.
+            name = f"{_UPLOADED}/{Path(parsed.config).name}"
+            files[name] = Path(parsed.config)
+            given = ["--config=" + name if one == f"--config={parsed.config}" else one for one in given]
+            given = [name if before == "--config" else one for before, one in zip(["", *given], given, strict=False)]
+    named = {field: value if isinstance(value, list) else [value] for field in (*_INPUTS, *_OUTPUTS) if (value := getattr(parsed, field, None))}
+    local = [path for paths in named.values() for path in paths if "://" not in path]
+    inputs = {option: [path for path in named[field] if "://" in path] for field, option in _INPUTS.items() if field in named}
+    return Command(verb, given if parsed.json else [*given, "--json"], files, getattr(parsed, "out", None), local, inputs)
+
+
+def look_for_inputs(command: Command) -> None:
+    """Look whether what the verb reads in an object store, and the bucket that it writes to, are there.
+
+    A store that cannot be asked from here is told and no mistake: the cluster may have credentials, or a way to it, that this machine lacks.
+
+    Raises
+    ------
+    UsageError
+        One of them is not there.
+    """
+    try:
+        for option, uris in command.inputs.items():
+            for uri in uris:
+                _look_for(option, locate(uri))
+        if command.out is not None and not (out := locate(command.out)).bucket_may_exist():
+            raise UsageError(f"--out {out}: there is no such bucket; make it first")
+    except (MissingPackageError, OSError, StorageError) as error:
+        say(f"not looked at from here: {error}")
+
+
+def _look_for(option: str, where: Location) -> None:
+    manifest, read = _MANIFEST_OF_INPUT.get(option, ("", None))
+    if (where / manifest).exists():
+        return
+    if read is not None:
+        read(where)  # says what is wrong as the verb would
+    raise UsageError(f"{option} {where}: {where.why_nothing('nothing is there')}")
+
+
+@contextmanager
+def upload_folder(files: dict[str, Path]) -> Iterator[Path]:
+    """A temporary folder with our code and these files: what a job needs, and nothing else of this machine.
+
+    Raises
+    ------
+    UsageError
+        It is larger than LARGEST_UPLOAD_BYTES; the largest files are named.
+    """
+    with tempfile.TemporaryDirectory(prefix="sentinode-upload-") as name:
+        folder = Path(name)
+        for package in PACKAGES:
+            source = Path(str(importlib.import_module(package).__file__)).parent
+            shutil.copytree(source, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        for inside, file in files.items():
+            (folder / inside).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / inside)
+        sizes = sorted(((path.stat().st_size, str(path.relative_to(folder))) for path in folder.rglob("*") if path.is_file()), reverse=True)
+        total = sum(size for size, _ in sizes)
+        if total > LARGEST_UPLOAD_BYTES:
+            largest = ", ".join(f"{path} ({size / 2**20:.1f} MiB)" for size, path in sizes[:_NAMED])
+            raise UsageError(f"the upload has {total / 2**20:.1f} MiB, allowed are {LARGEST_UPLOAD_BYTES / 2**20:.0f}; the largest: {largest}")
+        yield folder
+
+
+def manifest_is_missing(command: Command) -> str | None:
+    """Return in words that what the verb writes last is not there; None where it is, or cannot be looked at from here."""
+    name = MANIFESTS.get(command.verb)
+    if name is None or command.out is None:
+        return None
+    try:
+        out = locate(command.out)
+        if out.is_local and not out.exists():
+            say(f"{command.out}: not on this machine, so not looked at from here")
+        elif not (out / name).exists():
+            return f"{command.out} has no {name}"
+    except (StorageError, UsageError) as error:
+        say(f"{command.out}: cannot be looked at from here ({error})")
+    return None
