@@ -18,6 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import AuthenticationError
 
+from ray_jobs.autoscaling import KINDS, growth
 from ray_jobs.ray_address import check_ray_address, refused
 from ray_jobs.verb import say
 from sentinode.errors import CapacityError, SentinodeError, UsageError
@@ -103,8 +104,8 @@ def _is_host_and_port(address: str) -> bool:
 
 
 def _start_local(need_cpus: float, verbose: bool, noise: dict[str, Any]) -> None:
-    if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        # Ray then turns token authentication on by itself, and without a token at hand would write one to the user's home.
+    if os.environ.get("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        # Else Ray, which turns token authentication on by itself, would take a cluster's token from the user's home, or write one there.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # Ray warns on the terminal when four times this many of its processes start at once; a small sweep does.
     # Ray would tell its makers which libraries are used here, and on what.
@@ -186,22 +187,23 @@ def _first_line(error: Exception) -> str:
 
 
 def capacity() -> dict[str, float]:
-    """Return the CPUs and GPUs that the cluster has, or can grow to where it scales by itself."""
+    """Return the CPUs and GPUs that the cluster has, or can grow to where it scales by itself; infinite where only nodes to come know."""
+    now, more = ray.cluster_resources(), growth()
+    return {kind: max(now.get(kind, 0.0), more.limit[kind] if more else 0.0) for kind in KINDS}
+
+
+def known_capacity() -> dict[str, float]:
+    """Return the capacity without what is not known of nodes that have not joined yet."""
     now = ray.cluster_resources()
-    largest = _configured_maximum()
-    return {kind: max(now.get(kind, 0.0), float(largest.get(kind, 0.0))) for kind in ("CPU", "GPU")}
-
-
-def _configured_maximum() -> dict[str, int]:
-    # The only place Ray 2.60 tells what an autoscaler may add; a test holds that it exists.
-    from ray._private.state import state
-
-    return state.get_max_resources_from_cluster_config() or {}
+    return {kind: amount if math.isfinite(amount) else now.get(kind, 0.0) for kind, amount in capacity().items()}
 
 
 def wants_gpus(use_gpu: bool | str, workers: int) -> bool:
-    """Resolve `use_gpu`: as set, or for `auto` whether the cluster can give one GPU to each of `workers`."""
-    return capacity()["GPU"] >= workers if use_gpu == "auto" else bool(use_gpu)
+    """Resolve `use_gpu`: as set, or for `auto` whether the cluster can give one GPU to each of `workers`.
+
+    Nodes of which nobody knows what they have, since they have not joined, are not waited for with `auto`: they may have none.
+    """
+    return known_capacity()["GPU"] >= workers if use_gpu == "auto" else bool(use_gpu)
 
 
 def check_capacity(need: Need, verb: str) -> None:
@@ -228,10 +230,10 @@ def check_capacity(need: Need, verb: str) -> None:
 
 def _check_one_worker_fits(need: Need, verb: str) -> None:
     """A worker must fit one node, however much the nodes have together."""
-    if _configured_maximum():
-        return  # what the nodes to come are like is the autoscaler's to know
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(node.get("CPU", 0) >= need.cpus_per_worker and node.get("GPU", 0) >= need.gpus_per_worker for node in nodes):
+    nodes, more = [node["Resources"] for node in ray.nodes() if node["Alive"]], growth()
+    if any(node.get("CPU", 0) >= need.cpus_per_worker and node.get("GPU", 0) >= need.gpus_per_worker for node in nodes):
+        return
+    if more is None or not more.fits_one_node(need.cpus_per_worker, need.gpus_per_worker):
         raise CapacityError(f"{verb}: no node has room for one worker of {need.cpus_per_worker:g} CPUs and {need.gpus_per_worker:g} GPUs")
 
 

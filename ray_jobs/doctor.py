@@ -13,6 +13,7 @@ import platform
 import resource
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import uuid
@@ -79,7 +80,7 @@ def gpus() -> Iterator[Check]:
     import torch
 
     if not torch.cuda.is_available():
-        driver = shutil.which("nvidia-smi") is not None
+        driver = _sees_a_gpu()
         status: Literal["warn", "fail"] = "fail" if driver else "warn"
         do = (
             "the driver is older than torch's CUDA, or torch has none"
@@ -94,6 +95,14 @@ def gpus() -> Iterator[Check]:
         yield Check("nccl", "ok", ".".join(map(str, torch.cuda.nccl.version())))  # type: ignore[no-untyped-call]
     except Exception as error:
         yield Check("nccl", "fail", str(error), "workers on several GPUs cannot talk; install torch with NCCL")
+
+
+def _sees_a_gpu() -> bool:
+    """Tell whether NVIDIA's driver sees a GPU; its program alone is on many machines that have none."""
+    try:
+        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=20, check=False).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def memory_and_disk() -> Iterator[Check]:

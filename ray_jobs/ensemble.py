@@ -8,7 +8,7 @@ where there are none, on rows that each member judges only if it was not trained
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -58,12 +58,19 @@ def ensemble(config: EnsembleConfig, bundles: Sequence[str | Path], data: str | 
         raise UsageError(f"{dataset.path} {sizes}")
     plan = calibration_plan(members, dataset)
     # On disk it is locked, and older ones are replaced, when it is written.
-    with nullcontext() if target.is_local else sole_writer(target, say):
-        return _combined(config, members, dataset, plan, target, verbose=verbose)
+    with nullcontext(lambda: None) if target.is_local else sole_writer(target, say) as problem:
+        return _combined(config, members, dataset, plan, target, problem, verbose=verbose)
 
 
 def _combined(
-    config: EnsembleConfig, members: Sequence[Bundle], dataset: PreparedDataset, plan: CalibrationPlan, target: Location, *, verbose: bool
+    config: EnsembleConfig,
+    members: Sequence[Bundle],
+    dataset: PreparedDataset,
+    plan: CalibrationPlan,
+    target: Location,
+    problem: Callable[[], str | None],
+    *,
+    verbose: bool,
 ) -> Bundle:
     with connected(config.workers * config.cpus_per_worker, verbose=verbose):
         answers = [_answers(member, number, dataset, plan, config) for number, member in enumerate(members)]
@@ -79,6 +86,8 @@ def _combined(
         samples=config.bootstrap_samples,
         seed=config.seed,
     )
+    if lost := problem():
+        raise UsageError(lost)
     return write_ensemble(target, members, config=config, dataset=dataset.manifest, calibration_rows=plan.kind, notes=plan.notes, **fitted.fields())
 
 

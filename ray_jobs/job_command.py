@@ -100,6 +100,8 @@ def check_command(verb: str, arguments: Sequence[str]) -> Command:
     ------
     ConfigError
         A key or value is wrong.
+    UsageError
+        A path is not absolute.
     SystemExit
         An argument is wrong; argparse has told which.
     """
@@ -119,9 +121,17 @@ def check_command(verb: str, arguments: Sequence[str]) -> Command:
             given = ["--config=" + name if one == f"--config={parsed.config}" else one for one in given]
             given = [name if before == "--config" else one for before, one in zip(["", *given], given, strict=False)]
     named = {field: value if isinstance(value, list) else [value] for field in (*_INPUTS, *_OUTPUTS) if (value := getattr(parsed, field, None))}
-    local = [path for paths in named.values() for path in paths if "://" not in path]
-    inputs = {option: [path for path in named[field] if "://" in path] for field, option in _INPUTS.items() if field in named}
+    local = [path for paths in named.values() for path in paths if _is_local(path)]
+    for path in local:
+        # A job runs in a folder that Ray has unpacked our code into, and that goes with it.
+        if not Path(path.removeprefix("file://")).is_absolute():
+            raise UsageError(f"{path}: a job does not run in this folder; name the path from / on, or a URI of an object store")
+    inputs = {option: [path for path in named[field] if not _is_local(path)] for field, option in _INPUTS.items() if field in named}
     return Command(verb, given if parsed.json else [*given, "--json"], files, getattr(parsed, "out", None), local, inputs)
+
+
+def _is_local(path: str) -> bool:
+    return "://" not in path or path.startswith("file://")
 
 
 def look_for_inputs(command: Command) -> None:
@@ -189,6 +199,6 @@ def manifest_is_missing(command: Command) -> str | None:
             say(f"{command.out}: not on this machine, so not looked at from here")
         elif not (out / name).exists():
             return f"{command.out} has no {name}"
-    except (StorageError, UsageError) as error:
+    except (OSError, StorageError, UsageError) as error:
         say(f"{command.out}: cannot be looked at from here ({error})")
     return None

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
@@ -100,24 +99,44 @@ def submit(client: JobSubmissionClient, command: Command, submission_id: str | N
     Returns
     -------
     (submission id, whether it was submitted now)
+
+    Raises
+    ------
+    UsageError
+        The id is that of another command.
+    SentinodeError
+        The job is not taken.
     """
     base = submission_id or command.submission_id
     while True:
         known = {job.submission_id: job for job in client.list_jobs() if job.submission_id}
-        attempts = [name for name in known if name == base or (name.startswith(f"{base}-") and name.removeprefix(f"{base}-").isdigit())]
-        for name in attempts:
+        numbers = {name: number for name in known if (number := _attempt(name, base)) is not None}
+        if base in known and known[base].entrypoint != command.entrypoint:
+            raise UsageError(f"{base}: is the id of another command ({known[base].entrypoint[:200]}); choose another --id")
+        for name in numbers:
+            if known[name].entrypoint != command.entrypoint:
+                continue  # named by somebody else like a later attempt of this one
             if (submission_id and known[name].status.value == "SUCCEEDED") or _goes_on(client, known[name]):
                 return name, False
         # Ray knows an id for good: what failed, was lost or was stopped is tried under the next.
-        name = base if not attempts else f"{base}-{len(attempts) + 1}"
+        name = f"{base}-{max(numbers.values()) + 1}" if numbers else base
         with upload_folder(command.files) as folder:
             try:
                 client.submit_job(entrypoint=command.entrypoint, submission_id=name, runtime_env={"working_dir": str(folder)})
             except RuntimeError as error:
                 if "already exists" not in str(error):
                     raise SentinodeError(f"the job was not taken: {str(error).strip().splitlines()[0][:300]}") from error
+                time.sleep(_POLL_S)
                 continue  # somebody was quicker with the same command
         return name, True
+
+
+def _attempt(name: str, base: str) -> int | None:
+    """Return which attempt a job's name stands for, None where it is another's: `base` is the first, `base-2` the second."""
+    if name == base:
+        return 1
+    number = name.removeprefix(f"{base}-")
+    return int(number) if number != name and number.isdecimal() else None
 
 
 def _goes_on(client: JobSubmissionClient, job: Any) -> bool:
@@ -205,8 +224,7 @@ async def _tell_log(client: JobSubmissionClient, submission_id: str, told: int) 
                 return told
             position += len(chunk)
             if position > told:
-                sys.stdout.write(chunk[-(position - told) :])
-                sys.stdout.flush()
+                say(chunk[-(position - told) :], end="")
                 told = position
 
 

@@ -42,7 +42,7 @@ def split_arguments(argv: Sequence[str], verbs: Sequence[str]) -> tuple[list[str
     """Return our own arguments, the verb among them, and the verb's, which may stand in any order; `-v` and `--json` are both's."""
     own: list[str] = []
     of_verb: list[str] = []
-    left = list(argv)
+    left, has_verb = list(argv), False
     while left:
         one = left.pop(0)
         if one in _WITH_VALUE:
@@ -50,9 +50,10 @@ def split_arguments(argv: Sequence[str], verbs: Sequence[str]) -> tuple[list[str
             del left[:1]
         elif one in _FLAGS or one.startswith(tuple(f"{option}=" for option in _WITH_VALUE)):
             own.append(one)
-        elif not any(verb in own for verb in verbs):
+        elif not has_verb:
             # The verb itself, or what is wrong before it.
             own.append(one)
+            has_verb = one in verbs
         else:
             of_verb.append(one)
             if one in ("-v", "--verbose", "--json"):

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from ray_jobs.checkpoints import ABOUT_FILE, Saved
-from ray_jobs.cluster import capacity, connected
+from ray_jobs.cluster import connected, known_capacity
 from ray_jobs.progress import following
 from ray_jobs.run_folder import REQUEST_FILE, RunRequest, open_finished_bundle, problem_with, remove_features
 from ray_jobs.run_inputs import FoldRows, LoadedRows, load_folds, load_rows
@@ -87,7 +87,7 @@ def tune(config: SweepConfig, data: str | Path, out: str | Path, *, verbose: boo
     dataset, folder = PreparedDataset.open(data), locate(out)
     base = config.train_config({})
     check_trackers(base, folder)
-    with sole_writer(folder, say):
+    with sole_writer(folder, say) as problem:
         request = RunRequest(folder, "tune", config, dataset.manifest.fingerprint, dataset.manifest.split.folds)
         request.check()
         finished = open_finished_bundle(folder)
@@ -107,6 +107,8 @@ def tune(config: SweepConfig, data: str | Path, out: str | Path, *, verbose: boo
             begun = _begun(folder)
             use_gpu = resolve_gpus(base, config.workers_per_trial, begun, "tune (one trial)", config.gpus_per_worker)
             rows = _load_rows(dataset, base, folds)
+            if lost := problem():  # the cluster and the rows took their time
+                raise UsageError(lost)
             run_id = request.claim()
             # Again: a process that had the sweep until now may have written until now.
             journal = Journal(folder)
@@ -186,7 +188,7 @@ def _load_rows(dataset: PreparedDataset, base: TrainConfig, folds: list[int] | N
 
 def _limit(config: SweepConfig, base: TrainConfig, use_gpu: bool) -> int:
     """As many trials at a time as have room, at most as many as asked for: more would only wait for each other's workers."""
-    have = capacity()
+    have = known_capacity()
     workers = config.workers_per_trial
     # One CPU is left for loading rows and for Ray's own helpers.
     room = int((have["CPU"] - 1) // (workers * base.cpus_per_worker + (DRIVER_CPUS if workers > 1 else 0)))

@@ -131,10 +131,10 @@ def duration_text(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def say(text: str) -> None:
+def say(text: str, end: str = "\n") -> None:
     """Tell the person at the terminal. That the terminal is gone, or the disk behind it full, must not end the work, nor hide how it ends."""
     try:
-        print(text, flush=True)
+        print(text, end=end, flush=True)
     except BrokenPipeError:
         # Python's own flush at the end would fail too, and make any exit code 120.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

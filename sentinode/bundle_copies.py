@@ -6,12 +6,13 @@ A copy is named by what the store listed, so another bundle at the same address,
 checks it against its manifest: what is in the temporary folder need not be believed.
 """
 
+import errno
 import fcntl
 import hashlib
 import secrets
 from pathlib import Path
 
-from sentinode.errors import StorageError, UsageError
+from sentinode.errors import SentinodeError, StorageError, UsageError
 from sentinode.locations import Entry, Location
 from sentinode.manifests import is_inside, read_bundle_manifest
 from sentinode.storage import canonical_json, remove_any, temporary_folder
@@ -35,6 +36,18 @@ def local_copy(bundle: Location, *, anew: bool = False) -> Path:
     UsageError
         The storage refuses access, or the temporary folder cannot be used.
     """
+    try:
+        return _local_copy(bundle, anew=anew)
+    except FileNotFoundError:
+        # An engine that is exported again goes before it comes: it was listed, and was not there when its turn came.
+        pass
+    try:
+        return _local_copy(bundle, anew=anew)
+    except FileNotFoundError as error:
+        raise _not_copied(bundle, error) from error
+
+
+def _local_copy(bundle: Location, *, anew: bool) -> Path:
     entries = _entries(bundle)
     content = canonical_json([(entry.name, entry.size, entry.stamp) for entry in entries])
     copies = temporary_folder() / "bundles"
@@ -46,8 +59,10 @@ def local_copy(bundle: Location, *, anew: bool = False) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if anew or not _holds(copy, entries):
                 _replace(bundle, entries, copy)
+    except FileNotFoundError:
+        raise
     except OSError as error:
-        raise _not_copied(bundle, copy, error) from error
+        raise _not_copied(bundle, error) from error
     return copy
 
 
@@ -80,11 +95,16 @@ def fetch(bundle: Location, folder: Path) -> None:
     try:
         _fetch(bundle, _entries(bundle), folder)
     except OSError as error:
-        raise _not_copied(bundle, folder, error) from error
+        raise _not_copied(bundle, error) from error
 
 
-def _not_copied(bundle: Location, folder: Path, error: OSError) -> StorageError:
-    return StorageError(f"{bundle}: cannot be copied to {folder} ({error.strerror}); make room there, or set TMPDIR to another folder")
+def _not_copied(bundle: Location, error: OSError) -> SentinodeError:
+    what = f"{bundle}: cannot be copied to {temporary_folder()} ({error.strerror})"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(f"{what}; make room there, or set TMPDIR to another folder")
+    if isinstance(error, FileNotFoundError):
+        return StorageError(f"{bundle}: changed while it was copied; repeat the command")
+    return UsageError(f"{what}: {error.filename}" if error.filename else what)
 
 
 def _fetch(bundle: Location, entries: list[Entry], folder: Path) -> None:

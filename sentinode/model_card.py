@@ -23,7 +23,10 @@ _NAMES = {
 
 
 def model_card(manifest: dict[str, Any]) -> str:
-    """Return the card of a bundle, Markdown, from the JSON form of its manifest."""
+    """Return the card of a bundle, Markdown, from the JSON form of its manifest.
+
+    It does not tell when: whoever makes the same bundle again, after a node was lost, makes the same bytes.
+    """
     rule, data, metrics = manifest["threshold_rule"], manifest["data"], manifest["metrics"]
     reached = (
         "reached."
@@ -41,7 +44,6 @@ def model_card(manifest: dict[str, Any]) -> str:
 |---|---|
 | digest | `{manifest["digest"]}` |
 | licence | {manifest["licence"]} |
-| made | {manifest["created_at"]} |
 | input | {manifest["patch_size_px"]}x{manifest["patch_size_px"]} pixels, 8-bit RGB, {manifest["spacing_um_px"] or "unknown"} um/px; \
 {_seen(manifest)} |
 | decision | {manifest["class_names"][1]} when the calibrated probability is at least {manifest["threshold"]:.6g} |

@@ -48,6 +48,25 @@ def test_a_model_is_trained_on_a_data_set_in_an_object_store(ray_session: None, 
     assert not train(config, in_store, tmp_path / "run").already_complete
 
 
+@pytest.mark.parametrize("verb", ["train", "tune"])
+def test_who_was_held_up_before_it_began_leaves_the_run_to_who_took_it_over(
+    ray_session: None, free_cpus: None, dataset: PreparedDataset, s3_folder: str, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    run = f"{s3_folder}/run"
+
+    def held_up(*_: object) -> None:
+        # Meanwhile another process found it silent, and took the right.
+        (locate(s3_folder) / ".run.owner/000002.json").write_bytes(b"{}")
+
+    monkeypatch.setattr(f"ray_jobs.{verb}.load_rows", held_up)
+    with pytest.raises(UsageError, match=rf"^{run}: another process writes it now, so this one has stopped$"):
+        if verb == "train":
+            train(TrainConfig(**QUICK), dataset.path, run)
+        else:
+            tune(load_config(SweepConfig, ["tune_configs/smoke.yaml"]), dataset.path, run)
+    assert not locate(run).exists()
+
+
 def test_a_run_in_an_object_store_is_that_on_disk(ray_session: None, free_cpus: None, in_store: str, trained: TrainResult) -> None:
     out = f"{in_store}/run"
     result = train(TrainConfig(**QUICK, workers=2), in_store, out)

@@ -16,16 +16,18 @@ import ray
 
 from data_prep.synth import synthesize
 from ray_jobs import job_command, job_server
-from ray_jobs.job_command import PACKAGES, check_command, look_for_inputs, upload_folder
+from ray_jobs.job_command import PACKAGES, check_command, look_for_inputs, manifest_is_missing, upload_folder
 from ray_jobs.job_server import JobError, connect, follow, outcome, stop, submit
 from ray_jobs.submit import split_arguments
 from sentinode.errors import ConfigError, SentinodeError, UsageError
+from sentinode.locations import Location
 from tests import s3
 from tests.heads import Head, head_with_token
 from tests.processes import ROOT
 from tests.strangers import answering_with
 
 VERBS = ["prepare", "train", "tune"]
+TRAIN = ["--data", "/d", "--out", "/o"]
 
 
 @pytest.mark.parametrize(
@@ -35,6 +37,7 @@ VERBS = ["prepare", "train", "tune"]
         ("train --data d --address http://h --out o", "train --address http://h", "--data d --out o"),
         ("--address=http://h train --set epochs=3 seed=1 --detach", "--address=http://h train --detach", "--set epochs=3 seed=1"),
         ("--stop train-1", "--stop train-1", ""),
+        ("--id tune tune --data d", "--id tune tune", "--data d"),
         ("train --json -v --id mine", "train --json -v --id mine", "--json -v"),
         ("train --help", "train", "--help"),
         ("--help", "--help", ""),
@@ -47,9 +50,9 @@ def test_our_arguments_and_the_verbs_are_told_apart(argv: str, own: str, of_verb
 
 def test_a_command_is_checked_before_anything_is_sent(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="epoch"):
-        check_command("train", ["--data", "d", "--out", "o", "--set", "epoch=3"])
+        check_command("train", [*TRAIN, "--set", "epoch=3"])
     with pytest.raises(SystemExit):
-        check_command("train", ["--data", "d"])
+        check_command("train", ["--data", "/d"])
     (tmp_path / "mine.yaml").write_text("epochs: 3\n")
     for given in (["--config", str(tmp_path / "mine.yaml")], [f"--config={tmp_path / 'mine.yaml'}"]):
         command = check_command("train", ["--data", "s3://b/d", "--out", "/shared/run", *given])
@@ -64,18 +67,18 @@ def test_a_command_is_checked_before_anything_is_sent(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("verb", "arguments", "said"),
     [
-        ("train", "--data {bucket}/run --out o", r"^not a prepared data set: s3://\S+/run \(no dataset.json there\)"),
-        ("evaluate", "--bundle {bucket}/run --data {bucket}/data --out o", r"^not a model bundle: s3://\S+/run \(no bundle.json there\)$"),
-        ("ensemble", "--bundles {bucket}/run/bundle {bucket}/run --data {bucket}/data --out o", "^not a model bundle: "),
-        ("prepare", "--from s3://no-such-bucket-of-ours/data --out o", r"^not a prepared data set: .*\(there is no such bucket\)"),
-        ("prepare", "--source s3://no-such-bucket-of-ours/a --out o", "^--source s3://no-such-bucket-of-ours/a: there is no such bucket$"),
-        ("prepare", "--source {bucket}/none --out o", r"^--source s3://\S+/none: nothing is there$"),
+        ("train", "--data {bucket}/run --out /o", r"^not a prepared data set: s3://\S+/run \(no dataset.json there\)"),
+        ("evaluate", "--bundle {bucket}/run --data {bucket}/data --out /o", r"^not a model bundle: s3://\S+/run \(no bundle.json there\)$"),
+        ("ensemble", "--bundles {bucket}/run/bundle {bucket}/run --data {bucket}/data --out /o", "^not a model bundle: "),
+        ("prepare", "--from s3://no-such-bucket-of-ours/data --out /o", r"^not a prepared data set: .*\(there is no such bucket\)"),
+        ("prepare", "--source s3://no-such-bucket-of-ours/a --out /o", "^--source s3://no-such-bucket-of-ours/a: there is no such bucket$"),
+        ("prepare", "--source {bucket}/none --out /o", r"^--source s3://\S+/none: nothing is there$"),
         (
             "train",
             "--data {bucket}/data --out s3://no-such-bucket-of-ours/run",
             "^--out s3://no-such-bucket-of-ours/run: there is no such bucket",
         ),
-        ("train", "--data ftp://host/data --out o", "^ftp://host/data: ftp:// is not supported"),
+        ("train", "--data ftp://host/data --out /o", "^ftp://host/data: ftp:// is not supported"),
     ],
 )
 def test_what_is_not_in_the_store_is_said_before_anything_is_sent(s3_server: s3.Server, verb: str, arguments: str, said: str) -> None:
@@ -100,14 +103,33 @@ def test_a_store_that_only_the_cluster_reaches_is_no_mistake(
     assert told.count("\n") == 1
 
 
+def test_a_path_that_only_this_folder_gives_a_meaning_is_refused(tmp_path: Path) -> None:
+    for wrong in ("run", "./run", "../run", "file://run"):
+        with pytest.raises(UsageError, match=rf"^{wrong}: a job does not run in this folder"):
+            check_command("train", ["--data", "/d", "--out", wrong])
+    command = check_command("train", ["--data", f"file://{tmp_path}/data", "--out", f"{tmp_path}/run"])
+    assert command.paths == [f"file://{tmp_path}/data", f"{tmp_path}/run"]
+    assert command.inputs == {"--data": []}
+
+
+def test_what_was_made_and_cannot_be_looked_at_is_a_success(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(self: Location) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Location, "exists", refused)
+    for out in ("/o", "s3://bucket/run"):
+        assert manifest_is_missing(check_command("train", ["--data", "/d", "--out", out])) is None
+        assert capsys.readouterr().out.startswith(f"{out}: cannot be looked at from here")
+
+
 def test_the_same_command_has_the_same_id(tmp_path: Path) -> None:
     config = tmp_path / "mine.yaml"
     config.write_text("epochs: 3\n")
-    arguments = ["--data", "d", "--out", "o", "--config", str(config)]
+    arguments = [*TRAIN, "--config", str(config)]
     first = check_command("train", arguments).submission_id
     assert first == check_command("train", arguments).submission_id
     assert first.startswith("train-")
-    assert first != check_command("train", ["--data", "d", "--out", "other", "--config", str(config)]).submission_id
+    assert first != check_command("train", ["--data", "/d", "--out", "/other", "--config", str(config)]).submission_id
     config.write_text("epochs: 4\n")
     assert first != check_command("train", arguments).submission_id
 
@@ -205,7 +227,13 @@ class FakeJobs:
 
 
 def job(status: str, name: str = "mine", **changes: Any) -> SimpleNamespace:
-    facts = {"driver_node_id": "n", "start_time": time.time() * 1000, "driver_exit_code": None, "message": None}
+    facts = {
+        "entrypoint": check_command("train", TRAIN).entrypoint,
+        "driver_node_id": "n",
+        "start_time": time.time() * 1000,
+        "driver_exit_code": None,
+        "message": None,
+    }
     return SimpleNamespace(submission_id=name, status=SimpleNamespace(value=status), **facts | changes)
 
 
@@ -222,17 +250,32 @@ def test_a_job_whose_node_is_gone_is_lost_whatever_ray_says(quick: None, node: o
     monkeypatch.setattr(job_server, "get_node", lambda *_, **__: node)
     with pytest.raises(JobError, match="mine was lost with the node of its driver; submitted again, it continues"):
         follow(FakeJobs([[job("RUNNING")]]), "mine")
-    command = check_command("train", ["--data", "d", "--out", "o"])
+    command = check_command("train", TRAIN)
     client = FakeJobs([[job("RUNNING", command.submission_id)]])
     assert submit(client, command) == (f"{command.submission_id}-2", True)
     assert client.submitted == [f"{command.submission_id}-2"]
 
 
 def test_a_job_that_runs_is_not_submitted_twice(quick: None) -> None:
-    command = check_command("train", ["--data", "d", "--out", "o"])
+    command = check_command("train", TRAIN)
     client = FakeJobs([[job("FAILED", command.submission_id), job("RUNNING", f"{command.submission_id}-2")]])
     assert submit(client, command) == (f"{command.submission_id}-2", False)
     assert client.submitted == []
+
+
+def test_a_later_attempt_is_one_above_the_last_whatever_was_deleted(quick: None) -> None:
+    command = check_command("train", TRAIN)
+    client = FakeJobs([[job("FAILED", f"{command.submission_id}-2"), job("FAILED", f"{command.submission_id}-7")]])
+    assert submit(client, command) == (f"{command.submission_id}-8", True)
+
+
+def test_a_job_of_another_command_is_never_taken_for_ours(quick: None) -> None:
+    command = check_command("train", TRAIN)
+    theirs = job("RUNNING", "nightly-2", entrypoint="python other.py")
+    assert submit(FakeJobs([[theirs]]), command, "nightly") == ("nightly-3", True)
+    assert submit(FakeJobs([[theirs, job("SUCCEEDED", "nightly")]]), command, "nightly") == ("nightly", False)
+    with pytest.raises(UsageError, match=r"^nightly: is the id of another command \(python other.py\); choose another --id$"):
+        submit(FakeJobs([[job("SUCCEEDED", "nightly", entrypoint="python other.py")]]), command, "nightly")
 
 
 def test_a_job_that_a_lost_head_never_started_is_lost(quick: None) -> None:
@@ -270,7 +313,7 @@ def test_a_job_server_that_stays_away_is_waited_for_so_long_and_no_longer(quick:
 
 @pytest.mark.parametrize("code", [-9, 137])
 def test_a_driver_that_was_killed_is_told_from_one_that_failed(code: int) -> None:
-    command = check_command("train", ["--data", "d", "--out", "o"])
+    command = check_command("train", TRAIN)
     with pytest.raises(JobError, match="mine was killed by signal 9; submitted again, it continues") as caught:
         outcome(FakeJobs([[]]), command, "mine", job("FAILED", driver_exit_code=code))
     assert caught.value.exit_code == 1
@@ -306,7 +349,7 @@ def test_a_verb_runs_as_a_job_and_its_exit_code_is_ours(head: Head, tmp_path: Pa
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert "failed with exit code 2" in refused.stderr
     # And what can be known here is refused here.
-    wrong = head.run("sentinode", "submit", "train", "--data", "d", "--out", "o", "--set", "epoch=3")
+    wrong = head.run("sentinode", "submit", "train", *TRAIN, "--set", "epoch=3")
     assert wrong.returncode == 2
     assert "submitted" not in wrong.stdout
 

@@ -155,7 +155,7 @@ def test_more_than_the_cluster_has_is_refused_at_once_and_leaves_no_folder(
 
 def test_what_an_autoscaler_may_add_counts(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert capacity() == {"CPU": 4.0, "GPU": 0.0}
-    monkeypatch.setattr("ray_jobs.cluster._configured_maximum", lambda: {"CPU": 64, "GPU": 8})
+    monkeypatch.setenv("SENTINODE_CLUSTER_MAX", "CPU=64 GPU=8")
     monkeypatch.delenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", raising=False)
     check_capacity(Need(workers=8, gpus_per_worker=1), "train")
     with pytest.raises(CapacityError, match="train needs 9 GPUs"):
@@ -171,7 +171,7 @@ def test_a_run_goes_on_on_what_it_was_begun_on_whatever_there_is_now(ray_session
     assert not resolve_gpus(config, 2, None, "train")
     with pytest.raises(CapacityError, match=r"train, begun on GPUs, needs 2 GPUs \(2 workers x 1\); the cluster has 0 and cannot add more"):
         resolve_gpus(config, 2, begun_on("cuda"), "train")
-    monkeypatch.setattr("ray_jobs.cluster._configured_maximum", lambda: {"CPU": 64, "GPU": 8})
+    monkeypatch.setenv("SENTINODE_CLUSTER_MAX", "CPU=64 GPU=8")
     assert resolve_gpus(config, 2, None, "train")
     assert not resolve_gpus(config, 2, begun_on("cpu"), "train")
 

@@ -8,7 +8,7 @@ import pytest
 from sentinode.bundle import Bundle
 from sentinode.bundle_copies import local_copy
 from sentinode.errors import ManifestError, ManifestNotFoundError, StorageError, UsageError
-from sentinode.locations import locate
+from sentinode.locations import Location, locate
 from sentinode.predictor import Predictor
 from sentinode.publishing import upload_folder
 from sentinode.verify import verify_folder
@@ -117,6 +117,31 @@ def temporary_copies() -> list[Path]:
     import tempfile
 
     return [path for path in Path(tempfile.gettempdir()).rglob("bundles/*") if not path.name.endswith(".lock")]
+
+
+def test_an_engine_that_goes_while_a_bundle_is_copied_is_done_without(stored: str, s3_server: s3.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, bucket = s3_server.client(), stored.split("/")[2]
+    for name in ("engine.json", "model.onnx"):
+        client.put_object(Bucket=bucket, Key=f"folder/engines/onnxruntime/{name}", Body=b"{}")
+    fetch_one = Location.get_file
+
+    def as_it_is_exported_again(self: Location, target: Path) -> None:
+        client.delete_object(Bucket=bucket, Key="folder/engines/onnxruntime/engine.json")
+        fetch_one(self, target)
+
+    monkeypatch.setattr(Location, "get_file", as_it_is_exported_again)
+    copy = local_copy(locate(stored))
+    assert (copy / "model.safetensors").is_file()
+    assert not (copy / "engines").exists()
+
+
+def test_a_refused_read_is_wrong_use_and_no_lack_of_room(stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Location, target: Path) -> None:
+        raise PermissionError(13, "Access Denied", str(self))
+
+    monkeypatch.setattr(Location, "get_file", refused)
+    with pytest.raises(UsageError, match=rf"^{stored}: cannot be copied to .* \(Access Denied\): {stored}/"):
+        local_copy(locate(stored))
 
 
 def test_a_bundle_is_not_replaced_in_a_store(stored: str, tmp_path: Path) -> None:
