@@ -59,11 +59,12 @@ def test_who_was_held_up_before_it_began_leaves_the_run_to_who_took_it_over(
         (locate(s3_folder) / ".run.owner/000002.json").write_bytes(b"{}")
 
     monkeypatch.setattr(f"ray_jobs.{verb}.load_rows", held_up)
+    begin = {
+        "train": lambda: train(TrainConfig(**QUICK), dataset.path, run),
+        "tune": lambda: tune(load_config(SweepConfig, ["tune_configs/smoke.yaml"]), dataset.path, run),
+    }
     with pytest.raises(UsageError, match=rf"^{run}: another process writes it now, so this one has stopped$"):
-        if verb == "train":
-            train(TrainConfig(**QUICK), dataset.path, run)
-        else:
-            tune(load_config(SweepConfig, ["tune_configs/smoke.yaml"]), dataset.path, run)
+        begin[verb]()
     assert not locate(run).exists()
 
 
