@@ -19,6 +19,7 @@ from ray_jobs.autoscaling import Growth, NodeType, growth, node_types
 from ray_jobs.cluster import Need, check_capacity
 from sentinode.errors import CapacityError, ConfigError
 from tests.heads import HeadMachine, machine_for_a_head
+from tests.processes import ROOT
 
 CLOUD = {
     "max_workers": 6,
@@ -115,8 +116,9 @@ def test_the_file_is_that_of_the_autoscaler_of_this_head(tmp_path: Path, monkeyp
         assert autoscaling._autoscaler_config("127.0.0.1:2222") is None
 
 
-def _scaling_from_zero(gcs_address: str) -> dict[str, Any]:
+def _scaling_from_zero(machine: HeadMachine) -> dict[str, Any]:
     """A file for Ray's autoscaler that begins without workers and makes them on this machine."""
+    provider = {"type": "external", "module": "tests.fake_machines.FakeMachines", "folder": str(machine.folder), "use_node_id_as_ip": True}
     lists = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
     commands = ("head_start_ray_commands", "worker_start_ray_commands")
     return {
@@ -124,12 +126,13 @@ def _scaling_from_zero(gcs_address: str) -> dict[str, Any]:
         "max_workers": 2,
         "upscaling_speed": 100,
         "idle_timeout_minutes": 0.1,
-        "provider": {"type": "fake_multinode", "disable_node_updaters": True, "disable_launch_config_check": True, "gcs_address": gcs_address},
+        "provider": provider | {"disable_node_updaters": True, "disable_launch_config_check": True, "gcs_address": machine.head.ray_address},
         "available_node_types": {
-            "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            # The provider knows a head by this name alone.
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "cpu": {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 2},
         },
-        "head_node_type": "head",
+        "head_node_type": "ray.head.default",
         "auth": {},
         "docker": {},
         "file_mounts": {},
@@ -146,38 +149,37 @@ def _scaling_from_zero(gcs_address: str) -> dict[str, Any]:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("version", ["1", "2"])
 def test_jobs_make_a_cluster_grow_from_nothing_and_it_shrinks_again(version: str, tmp_path: Path) -> None:
-    environment = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1" if version == "2" else "0"}
+    environment = {
+        "RAY_FAKE_CLUSTER": "1",
+        "PYTHONPATH": str(ROOT),
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_enable_autoscaler_v2": "1" if version == "2" else "0",
+    }
     if version == "2":
         environment |= {"RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID}
     source = synthesize(tmp_path / "source", 200, 1)
     network = ["arch=resnet18", "weights=none", "input_size_px=32", "epochs=2", "unfreeze_depth=5"]
+    base = "".join(f"  {setting.replace('=', ': ')}\n" for setting in network)
+    (tmp_path / "sweep.yaml").write_text(f"space: {{learning_rate: {{grid: [0.0001, 0.001]}}}}\ntrials: 1\nbase:\n{base}")
     with machine_for_a_head(cpus=0, environment=environment) as machine:
-        config = _scaling_from_zero(machine.head.ray_address)
+        config = _scaling_from_zero(machine)
         if version == "2":
             config["provider"] |= {"launch_multiple": True, "head_node_id": FAKE_HEAD_NODE_ID}
         (tmp_path / "autoscaler.json").write_text(json.dumps(config))
         machine.extra_arguments.append(f"--autoscaling-config={tmp_path / 'autoscaler.json'}")
         machine.start()
+        data, run, report = tmp_path / "data", tmp_path / "run", tmp_path / "report"
         road = [
-            ["prepare", "--source", source, "--out", tmp_path / "data"],
-            ["train", "--data", tmp_path / "data", "--out", tmp_path / "run", "--set", "workers=2", *network],
-            [
-                "evaluate",
-                "--bundle",
-                tmp_path / "run/bundle",
-                "--data",
-                tmp_path / "data",
-                "--out",
-                tmp_path / "report",
-                "--set",
-                "robustness_rows=0",
-            ],
+            ["prepare", "--source", source, "--out", data],
+            ["train", "--data", data, "--out", run, "--set", "workers=2", *network],
+            ["tune", "--data", data, "--out", tmp_path / "sweep", "--config", tmp_path / "sweep.yaml"],
+            ["evaluate", "--bundle", run / "bundle", "--data", data, "--out", report, "--set", "robustness_rows=0"],
         ]
+        # The head alone, which has no CPUs: what runs below runs on nodes that were added for it.
         assert _nodes(machine) == 1
         for command in road:
             done = machine.head.run("sentinode", "submit", *command, timeout_s=600)
             assert done.returncode == 0, done.stdout + done.stderr
-        assert _nodes(machine) > 1
         refused = machine.head.run("sentinode", "submit", *road[1][:4], tmp_path / "other", "--set", "workers=4", *network)
         assert refused.returncode == 2, refused.stdout + refused.stderr
         assert "train needs 5 CPUs (4 workers x 1 + 1 for driver and data); the cluster has 4 and cannot add more" in refused.stdout
@@ -188,7 +190,8 @@ def test_jobs_make_a_cluster_grow_from_nothing_and_it_shrinks_again(version: str
 
 
 def _nodes(machine: HeadMachine) -> int:
-    code = f"import ray; ray.init(address={machine.head.ray_address!r}, logging_level='ERROR'); print(sum(node['Alive'] for node in ray.nodes()))"
+    code = f"import ray; ray.init({machine.head.ray_address!r}, logging_level='ERROR', log_to_driver=False); "
+    code += "print(sum(node['Alive'] for node in ray.nodes()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=machine.head.environment_with(), timeout=120)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.splitlines()[-1])
