@@ -12,6 +12,7 @@ from tests.factories import make_dataset
 _TINY = ["arch=resnet18", "input_size_px=32", "epochs=1"]
 
 
+@pytest.mark.slow
 def test_recipes_are_trained_on_the_same_rows_and_runs_that_are_done_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_dataset(tmp_path / "data", train=48, val=24, test=6)
     results = tmp_path / "results.jsonl"

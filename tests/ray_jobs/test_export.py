@@ -187,6 +187,7 @@ def test_what_cannot_be_exported_is_one_line(bundle: Bundle, dataset: PreparedDa
         export(QUICK, bundle.path, dataset.path, "onnxruntime")
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_evaluate_and_predict_say_which_engine_worked(ray_session: None, bundle: Bundle, dataset: PreparedDataset, tmp_path: Path) -> None:
     for name in EXACT:

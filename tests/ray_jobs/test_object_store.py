@@ -43,6 +43,7 @@ def test_a_model_is_evaluated_on_a_data_set_in_an_object_store(ray_session: None
     assert report.roc_auc == evaluate(EvaluateConfig(), bundle, dataset.location.local, tmp_path / "same").report.roc_auc
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_on_a_data_set_in_an_object_store(ray_session: None, free_cpus: None, in_store: str, tmp_path: Path) -> None:
     config = TrainConfig(arch="resnet18", weights="none", input_size_px=32, epochs=0)
     assert not train(config, in_store, tmp_path / "run").already_complete
@@ -68,6 +69,7 @@ def test_who_was_held_up_before_it_began_leaves_the_run_to_who_took_it_over(
     assert not locate(run).exists()
 
 
+@pytest.mark.slow
 def test_a_run_in_an_object_store_is_that_on_disk(ray_session: None, free_cpus: None, in_store: str, trained: TrainResult) -> None:
     out = f"{in_store}/run"
     result = train(TrainConfig(**QUICK, workers=2), in_store, out)

@@ -417,6 +417,7 @@ def _made(staging: Path) -> dict[str, tuple[int, int]]:
     return {name: (file.stat().st_ino, file.stat().st_mtime_ns) for name, file in files.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize(("ends_it", "code"), [(signal.SIGKILL, -signal.SIGKILL), pytest.param(signal.SIGTERM, 3, marks=pytest.mark.chaos)])
 def test_a_driver_that_was_ended_is_continued_by_the_same_command(

@@ -330,6 +330,7 @@ def head() -> Iterator[Head]:
         yield head
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_verb_runs_as_a_job_and_its_exit_code_is_ours(head: Head, tmp_path: Path) -> None:
     source = synthesize(tmp_path / "source", 120, 1)

@@ -113,6 +113,7 @@ def test_a_run_that_streams_its_rows_counts_each_once(dataset: PreparedDataset, 
     assert [record["rows"] for record in result.history] == [both - validated] * 2
 
 
+@pytest.mark.slow
 def test_no_epochs_make_a_bundle_of_the_initial_weights_which_the_driver_alone_reads(
     dataset: PreparedDataset, tmp_path: Path, ray_session: None, free_cpus: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +198,7 @@ def test_a_ray_of_our_own_has_room_for_all_cpus_of_all_workers(dataset: Prepared
         train(TrainConfig(**QUICK, workers=2, cpus_per_worker=3), dataset.path, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_workers_that_see_another_folder_touch_nothing_there_and_end_the_run_at_once(
     dataset: PreparedDataset, tmp_path: Path, ray_session: None, free_cpus: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,6 +224,7 @@ def test_no_bundle_is_written_where_the_run_s_folder_is_not(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_needs_no_initial_weights(dataset: PreparedDataset, tmp_path: Path, ray_session: None, free_cpus: None) -> None:
     weights = tmp_path / "weights.safetensors"
     save_file(build_model("resnet18").state_dict(), weights)

@@ -93,6 +93,7 @@ def test_a_finished_sweep_is_not_repeated_and_another_one_is_refused(
         tune(config.model_copy(update={"seed": 1}), dataset.path, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_training_best_yaml_again_makes_the_very_bundle(swept: Any, dataset: PreparedDataset, tmp_path: Path) -> None:
     _, folder, result = swept

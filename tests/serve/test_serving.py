@@ -77,7 +77,7 @@ def post(url: str, data: bytes, headers: dict[str, str] = HEADERS) -> httpx.Resp
     return httpx.post(f"{url}/predict", files={"file": ("p", data)}, headers=headers, timeout=60, trust_env=False)
 
 
-@pytest.mark.parametrize("topology", ["fused", "split"])
+@pytest.mark.parametrize("topology", ["fused", pytest.param("split", marks=pytest.mark.slow)])
 def test_concurrent_answers_equal_the_offline_ones_and_never_mix(started: Any, bundle: Path, topology: str) -> None:
     patches = random_patches(64, seed=11)
     offline = Predictor.load(bundle).decide(patches)

@@ -96,6 +96,7 @@ def test_an_epoch_at_a_time_is_bitwise_the_loop_in_one_go(tmp_path: Path, undist
     assert 1 <= len(saved_checkpoints(locate(tmp_path / "run"))) <= 2
 
 
+@pytest.mark.slow
 def test_one_that_begins_again_after_any_epoch_tells_what_was_not_told_and_ends_the_same(tmp_path: Path, undisturbed: Any) -> None:
     history, weights = undisturbed
     # Also where more was told than a checkpoint knows of.
