@@ -7,8 +7,9 @@ container, say), whoever runs the cluster says it in an environment variable.
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -46,18 +47,19 @@ class Growth:
     ----------
     limit : dict of str to float
         "CPU" and "GPU" -> the most that the cluster can have; infinite where that is not known.
-    types : list of NodeType
-        Nodes that may be added; empty where only the limit is known.
+    places : callable
+        Called as places(cpus, gpus); returns how many workers with these resources, each on one node, may have room; infinite where nobody knows.
     """
 
     limit: dict[str, float]
-    types: list[NodeType]
+    places: Callable[[float, float], float]
 
-    def fits_one_node(self, cpus: float, gpus: float) -> bool:
-        """Tell whether a node that may be added has room for these."""
-        return not self.types or any(
-            kind.resources is None or (kind.resources.get("CPU", 0) >= cpus and kind.resources.get("GPU", 0) >= gpus) for kind in self.types
-        )
+
+def places_on(node: Mapping[str, float], cpus: float, gpus: float) -> int:
+    """Return how many workers with these resources a node has room for."""
+    wanted = [(node.get("CPU", 0.0), cpus), (node.get("GPU", 0.0), gpus)]
+    # Shares of a GPU do not add up exactly.
+    return int(min((have / each + 1e-6 for have, each in wanted if each), default=0))
 
 
 def growth() -> Growth | None:
@@ -69,21 +71,30 @@ def growth() -> Growth | None:
         The environment variable has another form.
     """
     if text := os.environ.get(LIMIT_VARIABLE):
-        return Growth(_limit_from(text), [])
+        return Growth(_limit_from(text), lambda cpus, gpus: math.inf)
     from ray._private.state import state
 
     if told := state.get_max_resources_from_cluster_config():
-        return Growth({kind: float(told.get(kind, 0.0)) for kind in KINDS}, [])
+        return Growth({kind: float(told.get(kind, 0.0)) for kind in KINDS}, lambda cpus, gpus: math.inf)
     config = _autoscaler_config(ray.get_runtime_context().gcs_address)
     if config is None:
         return None
     most, types = node_types(config)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     head: dict[str, float] = next((node["Resources"] for node in nodes if "node:__internal_head__" in node["Resources"]), {})
+    unknown = any(each.resources is None for each in types) and len(nodes) - 1 < most
+    known = [(each.resources, each.most) for each in types if each.resources is not None]
+    if unknown:
+        return Growth(dict.fromkeys(KINDS, math.inf), lambda cpus, gpus: math.inf)
+    if not known:
+        return None  # all are there, or none will come
+
+    def places(cpus: float, gpus: float) -> float:
+        return places_on(head, cpus, gpus) + _largest_sum([(places_on(resources, cpus, gpus), count) for resources, count in known], most)
+
     # The head counts as one of the nodes there are, not as one that may be added.
-    unknown = any(kind.resources is None for kind in types) and len(nodes) - 1 < most
-    limit = {kind: math.inf if unknown else head.get(kind, 0.0) + _most_of(kind, types, most) for kind in KINDS}
-    return Growth(limit, types) if types else None
+    limit = {kind: head.get(kind, 0.0) + _largest_sum([(resources.get(kind, 0.0), count) for resources, count in known], most) for kind in KINDS}
+    return Growth(limit, places)
 
 
 def _limit_from(text: str) -> dict[str, float]:
@@ -91,28 +102,34 @@ def _limit_from(text: str) -> dict[str, float]:
         given = {name: float(amount) for name, _, amount in (one.partition("=") for one in text.split())}
     except ValueError:
         given = {}
-    if not given or not given.keys() <= set(KINDS):
+    if not given or not given.keys() <= set(KINDS) or not all(math.isfinite(amount) and amount >= 0 for amount in given.values()):
         raise ConfigError(f"{LIMIT_VARIABLE}={text}: expected amounts like CPU=64 GPU=8")
     return {kind: given.get(kind, 0.0) for kind in KINDS}
 
 
 def node_types(config: dict[str, Any]) -> tuple[int, list[NodeType]]:
-    """Return the most nodes beside the head, and their kinds, by an autoscaler's file (defaults as in `ray.autoscaler._private.util`)."""
+    """Return the most nodes beside the head, and their kinds, by an autoscaler's file as `ray up` writes it to the head.
+
+    Kinds whose resources are not in the file count where Ray starts them by itself: for demand it starts none of which it does not know what it has.
+    """
     most = int(config.get("max_workers") or 0)
     head = config.get("head_node_type")
     types = []
     for name, content in (config.get("available_node_types") or {}).items():
-        of_type = min(most, int(content.get("max_workers", 0 if name == head else most)))
         resources = content.get("resources") or {}
+        known = {kind: float(resources.get(kind, 0.0)) for kind in KINDS} if "CPU" in resources else None
+        of_type = int(content.get("max_workers", 0 if name == head else most))
+        if known is None and (config.get("provider") or {}).get("type") != "local":
+            of_type = min(of_type, int(content.get("min_workers", 0)))
         if of_type > 0:
-            types.append(NodeType({kind: float(amount) for kind, amount in resources.items()} if "CPU" in resources else None, of_type))
+            types.append(NodeType(known, min(most, of_type)))
     return most, types
 
 
-def _most_of(kind: str, types: list[NodeType], most: int) -> float:
-    """Return the most CPUs, or GPUs, that `most` nodes of these types can have together."""
+def _largest_sum(amounts: Iterable[tuple[float, int]], most: int) -> float:
+    """Return the largest sum over at most `most` nodes, of (amount per node, so many nodes of the kind)."""
     total, left = 0.0, most
-    for amount, count in sorted(((each.resources or {}).get(kind, 0.0), each.most) for each in types)[::-1]:
+    for amount, count in sorted(amounts, reverse=True):
         total += amount * min(count, left)
         left -= min(count, left)
     return total
@@ -126,15 +143,15 @@ def _autoscaler_config(gcs_address: str) -> dict[str, Any] | None:
     here = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
     if host not in here:
         return None
-    for process in psutil.process_iter(["cmdline"]):
+    for process in psutil.process_iter(["cmdline", "cwd"]):
         path = _path_on(process.info["cmdline"] or (), here, port)
         if path is not None:
             try:
-                with open(path, encoding="utf-8") as file:
-                    config = yaml.safe_load(file)
+                config = yaml.safe_load(Path(process.info["cwd"] or "", path).read_text(encoding="utf-8"))
             except (OSError, ValueError, yaml.YAMLError):
-                return None
-            return config if isinstance(config, dict) else None
+                continue  # of another container, whose head has the same address and port
+            if isinstance(config, dict):
+                return config
     return None
 
 

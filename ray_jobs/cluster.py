@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import AuthenticationError
 
-from ray_jobs.autoscaling import KINDS, growth
+from ray_jobs.autoscaling import KINDS, LIMIT_VARIABLE, growth, places_on
 from ray_jobs.ray_address import check_ray_address, refused
 from ray_jobs.verb import say
 from sentinode.errors import CapacityError, SentinodeError, UsageError
@@ -107,6 +107,8 @@ def _start_local(need_cpus: float, verbose: bool, noise: dict[str, Any]) -> None
     if os.environ.get("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         # Else Ray, which turns token authentication on by itself, would take a cluster's token from the user's home, or write one there.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # It speaks of a cluster.
+    os.environ.pop(LIMIT_VARIABLE, None)
     # Ray warns on the terminal when four times this many of its processes start at once; a small sweep does.
     # Ray would tell its makers which libraries are used here, and on what.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -223,24 +225,20 @@ def check_capacity(need: Need, verb: str) -> None:
                 f"{verb} needs {wanted:g} {kind}s ({need.workers} workers x {per_worker:g}{beside}); "
                 f"the cluster has {have[kind]:g} and cannot add more"
             )
-    _check_one_worker_fits(need, verb)
-    grows = _must_grow(need)
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_AUTOSCALED_START_TIMEOUT_S if grows else _START_TIMEOUT_S))
+    _check_places(need, verb)
+    start_timeout_s = _START_TIMEOUT_S if growth() is None else _AUTOSCALED_START_TIMEOUT_S
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(start_timeout_s))
 
 
-def _check_one_worker_fits(need: Need, verb: str) -> None:
-    """A worker must fit one node, however much the nodes have together."""
-    nodes, more = [node["Resources"] for node in ray.nodes() if node["Alive"]], growth()
-    if any(node.get("CPU", 0) >= need.cpus_per_worker and node.get("GPU", 0) >= need.gpus_per_worker for node in nodes):
-        return
-    if more is None or not more.fits_one_node(need.cpus_per_worker, need.gpus_per_worker):
-        raise CapacityError(f"{verb}: no node has room for one worker of {need.cpus_per_worker:g} CPUs and {need.gpus_per_worker:g} GPUs")
-
-
-def _must_grow(need: Need) -> bool:
-    """Tell whether nodes must be added before `need` can be met."""
-    now = ray.cluster_resources()
-    return bool(need.cpus > now.get("CPU", 0.0) or need.gpus > now.get("GPU", 0.0))
+def _check_places(need: Need, verb: str) -> None:
+    """Each worker must fit one node, however much the nodes have together."""
+    there = sum(places_on(node["Resources"], need.cpus_per_worker, need.gpus_per_worker) for node in ray.nodes() if node["Alive"])
+    more = growth()
+    places = max(there, more.places(need.cpus_per_worker, need.gpus_per_worker) if more else 0)
+    if places < need.workers:
+        size = resources_text(need.cpus_per_worker, need.gpus_per_worker)
+        how_many = f"only {places:g} of {need.workers} workers" if places else "no worker"
+        raise CapacityError(f"{verb}: {how_many} of {size} each would have room, since each must fit one node")
 
 
 @contextmanager

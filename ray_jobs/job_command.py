@@ -135,32 +135,36 @@ def _is_local(path: str) -> bool:
 
 
 def look_for_inputs(command: Command) -> None:
-    """Look whether what the verb reads in an object store, and the bucket that it writes to, are there.
+    """Warn where what the verb reads in an object store, or the bucket that it writes to, is not there as far as this machine sees.
 
-    A store that cannot be asked from here is told and no mistake: the cluster may have credentials, or a way to it, that this machine lacks.
+    Only warn: the cluster may go by another endpoint or other credentials, and reach what this machine does not.
 
     Raises
     ------
-    UsageError
-        One of them is not there.
+    ConfigError
+        A URI is of a kind that no machine understands.
     """
     try:
         for option, uris in command.inputs.items():
             for uri in uris:
-                _look_for(option, locate(uri))
+                if what := _missing(option, locate(uri)):
+                    say(f"warning: {what}, as seen from this machine")
         if command.out is not None and not (out := locate(command.out)).bucket_may_exist():
-            raise UsageError(f"--out {out}: there is no such bucket; make it first")
+            say(f"warning: --out {out}: there is no such bucket, as seen from this machine")
     except (MissingPackageError, OSError, StorageError) as error:
         say(f"not looked at from here: {error}")
 
 
-def _look_for(option: str, where: Location) -> None:
+def _missing(option: str, where: Location) -> str | None:
     manifest, read = _MANIFEST_OF_INPUT.get(option, ("", None))
     if (where / manifest).exists():
-        return
+        return None
     if read is not None:
-        read(where)  # says what is wrong as the verb would
-    raise UsageError(f"{option} {where}: {where.why_nothing('nothing is there')}")
+        try:
+            read(where)
+        except UsageError as error:  # as the verb would say it
+            return str(error)
+    return f"{option} {where}: {where.why_nothing('nothing is there')}"
 
 
 @contextmanager

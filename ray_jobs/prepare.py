@@ -17,6 +17,7 @@ from typing import Any
 from data_prep.output import PrepareRequest, is_complete, request_of
 from data_prep.prepare import PrepareResult, prepare
 from data_prep.tasks import works_elsewhere
+from ray_jobs.autoscaling import growth
 from ray_jobs.cluster import Need, check_capacity, connected
 from ray_jobs.prepare_one_node import prepare_on_one_node
 from ray_jobs.prepare_progress import ProgressLines, summary_table
@@ -30,7 +31,8 @@ def run_prepare(request: PrepareRequest, *, verbose: bool = False) -> PrepareRes
         return prepare(request)  # which clears up what a killed run has left, and needs no Ray for it
     with connected(0, verbose=verbose):
         check_capacity(Need(workers=1, other_cpus=0), "prepare")
-        if request.work_is_private and works_elsewhere():
+        # Machines that are still to come see no more of this one's disk than those that are there.
+        if request.work_is_private and (works_elsewhere() or growth() is not None):
             return prepare_on_one_node(request, ProgressLines())
         return prepare(request, progress=ProgressLines())
 

@@ -38,13 +38,13 @@ def local_copy(bundle: Location, *, anew: bool = False) -> Path:
     """
     try:
         return _local_copy(bundle, anew=anew)
-    except FileNotFoundError:
+    except _ChangedError:
         # An engine that is exported again goes before it comes: it was listed, and was not there when its turn came.
-        pass
-    try:
         return _local_copy(bundle, anew=anew)
-    except FileNotFoundError as error:
-        raise _not_copied(bundle, error) from error
+
+
+class _ChangedError(StorageError):
+    """What was listed was not there when its turn came."""
 
 
 def _local_copy(bundle: Location, *, anew: bool) -> Path:
@@ -59,8 +59,6 @@ def _local_copy(bundle: Location, *, anew: bool) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if anew or not _holds(copy, entries):
                 _replace(bundle, entries, copy)
-    except FileNotFoundError:
-        raise
     except OSError as error:
         raise _not_copied(bundle, error) from error
     return copy
@@ -99,12 +97,13 @@ def fetch(bundle: Location, folder: Path) -> None:
 
 
 def _not_copied(bundle: Location, error: OSError) -> SentinodeError:
+    if isinstance(error, FileNotFoundError) and str(error.filename).startswith(bundle.uri):
+        return _ChangedError(f"{bundle}: changed while it was copied; repeat the command")
     what = f"{bundle}: cannot be copied to {temporary_folder()} ({error.strerror})"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageError(f"{what}; make room there, or set TMPDIR to another folder")
-    if isinstance(error, FileNotFoundError):
-        return StorageError(f"{bundle}: changed while it was copied; repeat the command")
-    return UsageError(f"{what}: {error.filename}" if error.filename else what)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UsageError(f"{what}: {error.filename}" if error.filename else what)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return StorageError(f"{what}; make room there, or set TMPDIR to another folder" if full else f"{what}; repeat the command")
 
 
 def _fetch(bundle: Location, entries: list[Entry], folder: Path) -> None:

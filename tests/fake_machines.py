@@ -9,6 +9,11 @@ import ray._private.parameter
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
 
 
+def _with_a_folder(parameters: Any, folder: Path, **given: Any) -> Any:
+    (folder / "tmp").mkdir()
+    return parameters(temp_dir=str(folder), **given | {"env_vars": given["env_vars"] | {"TMPDIR": str(folder / "tmp")}})
+
+
 class FakeMachines(FakeMultiNodeProvider):  # type: ignore[misc]
     """Ray's own provider for tests, whose nodes share a folder: one that ends would remove the code of jobs on the others.
 
@@ -20,6 +25,5 @@ class FakeMachines(FakeMultiNodeProvider):  # type: ignore[misc]
             there = Path(self.provider_config["folder"])
             folder = there / f"m{len(list(there.glob('m*')))}"
             folder.mkdir()
-            own = partial(ray._private.parameter.RayParams, temp_dir=str(folder))
-            with mock.patch("ray._private.parameter.RayParams", own):
+            with mock.patch("ray._private.parameter.RayParams", partial(_with_a_folder, ray._private.parameter.RayParams, folder)):
                 super()._create_node_with_resources_and_labels(*arguments)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -15,9 +16,10 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 
 from data_prep.synth import synthesize
 from ray_jobs import autoscaling, cluster
-from ray_jobs.autoscaling import Growth, NodeType, growth, node_types
+from ray_jobs.autoscaling import NodeType, growth, node_types, places_on
 from ray_jobs.cluster import Need, check_capacity
 from sentinode.errors import CapacityError, ConfigError
+from tests import s3
 from tests.heads import HeadMachine, machine_for_a_head
 from tests.processes import ROOT
 
@@ -30,7 +32,13 @@ CLOUD = {
         "gpu": {"resources": {"CPU": 8, "GPU": 1}},
     },
 }
-FLOOR = {"max_workers": 2, "head_node_type": "node", "available_node_types": {"node": {"resources": {}, "max_workers": 2}}}
+FLOOR = {
+    "max_workers": 2,
+    "head_node_type": "node",
+    "provider": {"type": "local"},
+    "available_node_types": {"node": {"resources": {}, "max_workers": 2}},
+}
+TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 HEAD = {"Alive": True, "Resources": {"node:__internal_head__": 1.0}}
 
 
@@ -46,14 +54,19 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:1"))
         monkeypatch.setattr("ray._private.state.state.get_max_resources_from_cluster_config", lambda: None)
         monkeypatch.setattr(autoscaling, "_autoscaler_config", lambda _: config)
-        monkeypatch.delenv("SENTINODE_CLUSTER_MAX", raising=False)
+        for name in ("SENTINODE_CLUSTER_MAX", TIMEOUT):
+            # Set first, so that it is as it was again afterwards.
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
 
     return tell
 
 
 def test_a_file_tells_the_kinds_of_nodes_and_how_many_there_may_be() -> None:
-    assert node_types(CLOUD) == (6, [NodeType({"CPU": 4.0}, 4), NodeType({"CPU": 8.0, "GPU": 1.0}, 6)])
+    assert node_types(CLOUD) == (6, [NodeType({"CPU": 4.0, "GPU": 0.0}, 4), NodeType({"CPU": 8.0, "GPU": 1.0}, 6)])
     assert node_types(FLOOR) == (2, [NodeType(None, 2)])
+    # Ray starts none of an unknown kind for a job.
+    assert node_types(FLOOR | {"provider": {"type": "aws"}}) == (2, [])
     assert node_types({}) == (0, [])
 
 
@@ -65,8 +78,20 @@ def test_a_cluster_that_begins_at_zero_takes_what_it_may_grow_to(told: Any) -> N
     check_capacity(Need(workers=5, cpus_per_worker=8, gpus_per_worker=1), "train")
     with pytest.raises(CapacityError, match=r"train needs 49 CPUs .*; the cluster has 48 and cannot add more"):
         check_capacity(Need(workers=6, cpus_per_worker=8, gpus_per_worker=1), "train")
-    with pytest.raises(CapacityError, match="no node has room for one worker of 9 CPUs and 0 GPUs"):
+    with pytest.raises(CapacityError, match=r"^train: no worker of 9 CPUs each would have room, since each must fit one node$"):
         check_capacity(Need(workers=1, cpus_per_worker=9), "train")
+    with pytest.raises(CapacityError, match=r"^train: only 6 of 7 workers of 5 CPUs each would have room, since each must fit one node$"):
+        check_capacity(Need(workers=7, cpus_per_worker=5), "train")
+
+
+def test_nodes_that_are_still_to_come_are_given_the_time_they_take(told: Any) -> None:
+    told(None, {"CPU": 4.0})
+    check_capacity(Need(workers=1), "train")
+    assert os.environ[TIMEOUT] == "60"
+    # Also where there is enough: it may be taken.
+    told(CLOUD, {"CPU": 4.0})
+    check_capacity(Need(workers=1), "train")
+    assert os.environ[TIMEOUT] == "900"
 
 
 def test_machines_that_have_not_joined_may_have_anything_and_those_that_have_are_known(told: Any) -> None:
@@ -80,6 +105,8 @@ def test_machines_that_have_not_joined_may_have_anything_and_those_that_have_are
     assert cluster.capacity() == {"CPU": 8.0, "GPU": 0.0}
     with pytest.raises(CapacityError, match="the cluster has 8 and cannot add more"):
         check_capacity(Need(workers=2, cpus_per_worker=8), "train")
+    with pytest.raises(CapacityError, match="no worker of 6 CPUs each would have room"):
+        check_capacity(Need(workers=1, cpus_per_worker=6), "train")
 
 
 def test_without_an_autoscaler_that_can_be_read_what_is_there_counts(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,9 +115,11 @@ def test_without_an_autoscaler_that_can_be_read_what_is_there_counts(told: Any, 
     with pytest.raises(CapacityError, match="the cluster has 4 and cannot add more"):
         check_capacity(Need(workers=4), "prepare")
     monkeypatch.setenv("SENTINODE_CLUSTER_MAX", "CPU=64 GPU=8")
-    assert growth() == Growth({"CPU": 64.0, "GPU": 8.0}, [])
+    limit = growth()
+    assert limit is not None
+    assert limit.limit == {"CPU": 64.0, "GPU": 8.0}
     check_capacity(Need(workers=8, cpus_per_worker=6, gpus_per_worker=1), "train")
-    for wrong in ("64", "CPU=many", "cpu=4", " "):
+    for wrong in ("64", "CPU=many", "cpu=4", " ", "CPU=nan", "GPU=-1"):
         monkeypatch.setenv("SENTINODE_CLUSTER_MAX", wrong)
         with pytest.raises(ConfigError, match="expected amounts like CPU=64 GPU=8"):
             growth()
@@ -100,7 +129,7 @@ def test_the_file_is_that_of_the_autoscaler_of_this_head(tmp_path: Path, monkeyp
     for name, content in {"ours": json.dumps(CLOUD), "broken": "{", "list": "[]"}.items():
         (tmp_path / name).write_text(content)
     lines: list[list[str] | None] = []
-    monkeypatch.setattr(psutil, "process_iter", lambda _: [SimpleNamespace(info={"cmdline": line}) for line in lines])
+    monkeypatch.setattr(psutil, "process_iter", lambda _: [SimpleNamespace(info={"cmdline": line, "cwd": str(tmp_path)}) for line in lines])
 
     def monitor(address: str, file: str) -> list[str]:
         return ["python", "monitor.py", "--logs-dir=/tmp", f"--gcs-address={address}", f"--autoscaling-config={tmp_path / file}"]
@@ -109,6 +138,11 @@ def test_the_file_is_that_of_the_autoscaler_of_this_head(tmp_path: Path, monkeyp
     assert autoscaling._autoscaler_config("127.0.0.1:2222") is None
     lines.append(monitor("127.0.0.1:2222", "ours"))
     assert autoscaling._autoscaler_config("127.0.0.1:2222") == CLOUD
+    # As Ray passes it on: relative to the folder in which it was started. Others at the same address, of other containers, are passed over.
+    lines[-1] = ["monitor.py", "--gcs-address=127.0.0.1:2222", "--autoscaling-config=ours"]
+    lines.insert(0, monitor("127.0.0.1:2222", "not here"))
+    assert autoscaling._autoscaler_config("127.0.0.1:2222") == CLOUD
+    del lines[0]
     # The head is on another machine.
     assert autoscaling._autoscaler_config("203.0.113.1:2222") is None
     for file in ("broken", "list", "none"):
@@ -144,12 +178,17 @@ def _scaling_from_zero(machine: HeadMachine) -> dict[str, Any]:
     }
 
 
+def test_workers_share_a_node_by_whole_ones() -> None:
+    node = {"CPU": 8.0, "GPU": 1.0}
+    assert [places_on(node, 3, 0), places_on(node, 9, 0), places_on(node, 1, 1), places_on(node, 1, 0.1), places_on({}, 1, 0)] == [2, 0, 1, 8, 0]
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("version", ["1", "2"])
-def test_jobs_make_a_cluster_grow_from_nothing_and_it_shrinks_again(version: str, tmp_path: Path) -> None:
-    environment = {
+def test_jobs_make_a_cluster_grow_from_nothing_and_it_shrinks_again(version: str, s3_server: s3.Server, tmp_path: Path) -> None:
+    environment = s3_server.environment | {
         "RAY_FAKE_CLUSTER": "1",
         "PYTHONPATH": str(ROOT),
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
@@ -170,6 +209,8 @@ def test_jobs_make_a_cluster_grow_from_nothing_and_it_shrinks_again(version: str
         machine.start()
         data, run, report = tmp_path / "data", tmp_path / "run", tmp_path / "report"
         road = [
+            # Nothing that the head has on its disk is seen by the machine that will come.
+            ["prepare", "--source", source, "--out", f"{s3_server.new_bucket()}/data"],
             ["prepare", "--source", source, "--out", data],
             ["train", "--data", data, "--out", run, "--set", "workers=2", *network],
             ["tune", "--data", data, "--out", tmp_path / "sweep", "--config", tmp_path / "sweep.yaml"],
@@ -180,7 +221,7 @@ def test_jobs_make_a_cluster_grow_from_nothing_and_it_shrinks_again(version: str
         for command in road:
             done = machine.head.run("sentinode", "submit", *command, timeout_s=600)
             assert done.returncode == 0, done.stdout + done.stderr
-        refused = machine.head.run("sentinode", "submit", *road[1][:4], tmp_path / "other", "--set", "workers=4", *network)
+        refused = machine.head.run("sentinode", "submit", *road[2][:4], tmp_path / "other", "--set", "workers=4", *network)
         assert refused.returncode == 2, refused.stdout + refused.stderr
         assert "train needs 5 CPUs (4 workers x 1 + 1 for driver and data); the cluster has 4 and cannot add more" in refused.stdout
         deadline = time.monotonic() + 180

@@ -157,7 +157,9 @@ def test_more_than_the_cluster_has_is_refused_at_once_and_leaves_no_folder(
 def test_what_an_autoscaler_may_add_counts(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert capacity() == {"CPU": 4.0, "GPU": 0.0}
     monkeypatch.setenv("SENTINODE_CLUSTER_MAX", "CPU=64 GPU=8")
-    monkeypatch.delenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", raising=False)
+    # Set first, so that it is as it was again afterwards.
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "")
+    monkeypatch.delenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S")
     check_capacity(Need(workers=8, gpus_per_worker=1), "train")
     with pytest.raises(CapacityError, match="train needs 9 GPUs"):
         check_capacity(Need(workers=9, gpus_per_worker=1), "train")
