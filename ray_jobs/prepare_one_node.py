@@ -25,6 +25,7 @@ _LOST = (ray.exceptions.NodeDiedError, ray.exceptions.WorkerCrashedError, ray.ex
 
 def prepare_on_one_node(request: PrepareRequest, progress: Progress) -> PrepareResult:
     """Do `data_prep.prepare.prepare` on one machine; errors are those of it, and SentinodeError where one machine after the other was lost."""
+    _keep_ray_datas_helpers_here()
     with following(lambda record: progress(**record)) as log:
         for attempt in range(1, _ATTEMPTS + 1):
             node = _largest_node()
@@ -41,6 +42,20 @@ def prepare_on_one_node(request: PrepareRequest, progress: Progress) -> PrepareR
             else:
                 return result
     raise AssertionError("not reached")
+
+
+def _keep_ray_datas_helpers_here() -> None:
+    """Make the actors that Ray Data has for a whole cluster on this machine, the head where it is a job.
+
+    Ray Data makes them where it is used first, and they stay for good (`lifetime="detached"`): a machine that was added for this work would never be
+    idle again, so that no autoscaler would give it back.
+    """
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+    from ray.data._internal.execution.node_trackers import get_or_create_actor_location_tracker
+    from ray.data._internal.stats import get_or_create_stats_actor
+
+    for make in (get_or_create_autoscaling_coordinator, get_or_create_actor_location_tracker, get_or_create_stats_actor):
+        make()
 
 
 def _largest_node() -> str:
