@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import AuthenticationError
 
-from ray_jobs.autoscaling import KINDS, LIMIT_VARIABLE, growth, places_on
+from ray_jobs.autoscaling import KINDS, LIMIT_VARIABLE, Growth, growth, places_on
 from ray_jobs.ray_address import check_ray_address, refused
 from ray_jobs.verb import say
 from sentinode.errors import CapacityError, SentinodeError, UsageError
@@ -190,7 +190,11 @@ def _first_line(error: Exception) -> str:
 
 def capacity() -> dict[str, float]:
     """Return the CPUs and GPUs that the cluster has, or can grow to where it scales by itself; infinite where only nodes to come know."""
-    now, more = ray.cluster_resources(), growth()
+    return _largest(growth())
+
+
+def _largest(more: Growth | None) -> dict[str, float]:
+    now = ray.cluster_resources()
     return {kind: max(now.get(kind, 0.0), more.limit[kind] if more else 0.0) for kind in KINDS}
 
 
@@ -216,7 +220,8 @@ def check_capacity(need: Need, verb: str) -> None:
     CapacityError
         More CPUs or GPUs than the cluster has and can add.
     """
-    have = capacity()
+    more = growth()
+    have = _largest(more)
     for kind, wanted in (("CPU", need.cpus), ("GPU", need.gpus)):
         if wanted > have[kind]:
             per_worker = need.cpus_per_worker if kind == "CPU" else need.gpus_per_worker
@@ -225,15 +230,14 @@ def check_capacity(need: Need, verb: str) -> None:
                 f"{verb} needs {wanted:g} {kind}s ({need.workers} workers x {per_worker:g}{beside}); "
                 f"the cluster has {have[kind]:g} and cannot add more"
             )
-    _check_places(need, verb)
-    start_timeout_s = _START_TIMEOUT_S if growth() is None else _AUTOSCALED_START_TIMEOUT_S
+    _check_places(need, more, verb)
+    start_timeout_s = _START_TIMEOUT_S if more is None else _AUTOSCALED_START_TIMEOUT_S
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(start_timeout_s))
 
 
-def _check_places(need: Need, verb: str) -> None:
+def _check_places(need: Need, more: Growth | None, verb: str) -> None:
     """Each worker must fit one node, however much the nodes have together."""
     there = sum(places_on(node["Resources"], need.cpus_per_worker, need.gpus_per_worker) for node in ray.nodes() if node["Alive"])
-    more = growth()
     places = max(there, more.places(need.cpus_per_worker, need.gpus_per_worker) if more else 0)
     if places < need.workers:
         size = resources_text(need.cpus_per_worker, need.gpus_per_worker)
