@@ -58,8 +58,8 @@ def ensemble(config: EnsembleConfig, bundles: Sequence[str | Path], data: str | 
         raise UsageError(f"{dataset.path} {sizes}")
     plan = calibration_plan(members, dataset)
     # On disk it is locked, and older ones are replaced, when it is written.
-    with nullcontext(lambda: None) if target.is_local else sole_writer(target, say) as problem:
-        return _combined(config, members, dataset, plan, target, problem, verbose=verbose)
+    with nullcontext(lambda: None) if target.is_local else sole_writer(target, say) as confirm_sole_writer:
+        return _combined(config, members, dataset, plan, target, confirm_sole_writer, verbose=verbose)
 
 
 def _combined(
@@ -68,7 +68,7 @@ def _combined(
     dataset: PreparedDataset,
     plan: CalibrationPlan,
     target: Location,
-    problem: Callable[[], str | None],
+    confirm_sole_writer: Callable[[], None],
     *,
     verbose: bool,
 ) -> Bundle:
@@ -86,8 +86,7 @@ def _combined(
         samples=config.bootstrap_samples,
         seed=config.seed,
     )
-    if lost := problem():
-        raise UsageError(lost)
+    confirm_sole_writer()
     return write_ensemble(target, members, config=config, dataset=dataset.manifest, calibration_rows=plan.kind, notes=plan.notes, **fitted.fields())
 
 

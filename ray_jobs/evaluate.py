@@ -80,15 +80,14 @@ def evaluate(
     if counts.unlabelled:
         raise UsageError(f"{dataset.path}: {counts.unlabelled} rows of split {config.split} have no label; predict needs none")
     _check_replaceable(target)
-    with sole_writer(target, say) as problem, connected(config.workers * config.cpus_per_worker, verbose=verbose):
+    with sole_writer(target, say) as confirm_sole_writer, connected(config.workers * config.cpus_per_worker, verbose=verbose):
         rows, engine = _rows_of(model, dataset, config, "evaluate", min(1.0, config.robustness_rows / max(counts.rows, 1)))
         theirs = _rows_of(other, dataset, config, "compare", 0.0) if other else None
         report = make_report(rows, engine, model, dataset, config)
         if other and theirs:
             report = with_comparison(report, rows, model, theirs[0], theirs[1], other, config)
         page = render(report, pictures(rows, model, dataset, config))
-        if lost := problem():
-            raise UsageError(lost)
+        confirm_sole_writer()
         _publish(report, page, target)
     return EvaluateResult(target, report)
 

@@ -90,7 +90,7 @@ def export(config: ExportConfig, bundle: str | Path, data: str | Path, engine: s
     calibration = _training_pixels(dataset, fold, 0 if kind.is_exact else config.calibration_rows)
     network = load_network(model)
     target = model.where / "engines" / engine
-    with _staging_for(target) as (staging, problem):
+    with _staging_for(target) as (staging, confirm_sole_writer):
         write_engine(engine, network, manifest, staging, calibration)
         files = {name: (staging / name).read_bytes() for name in kind.files}
         ours, torchs = _compare(engine_run(engine, files), network, manifest, rows.images, config.batch_size)
@@ -125,25 +125,24 @@ def export(config: ExportConfig, bundle: str | Path, data: str | Path, engine: s
         write_json(staging / "engine.json", result.model_dump(mode="json"))
         if read_bundle_manifest(model.where).digest != manifest.digest:
             raise UsageError(f"{model.where}: was replaced by another bundle meanwhile; run the same command again")
-        if lost := problem():
-            raise UsageError(lost)
+        confirm_sole_writer()
         _publish(staging, target)
     return ExportResult(target, result)
 
 
 @contextmanager
-def _staging_for(target: Location) -> Iterator[tuple[Path, Callable[[], str | None]]]:
-    """Yield an empty folder to make an engine in, and what tells that another process makes one in `target` now (as `sole_writer` does)."""
-    with sole_writer(target, say) as problem:
+def _staging_for(target: Location) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """Yield an empty folder to make an engine in, and what raises once another process makes one in `target` (see `sole_writer`)."""
+    with sole_writer(target, say) as confirm_sole_writer:
         if not target.is_local:
             with TemporaryDirectory(prefix="engine-", dir=temporary_folder()) as name:
-                yield Path(name), problem
+                yield Path(name), confirm_sole_writer
             return
         staging = staging_path(target.local)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         try:
-            yield staging, problem
+            yield staging, confirm_sole_writer
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 

@@ -98,7 +98,7 @@ def predict(config: PredictConfig, bundle: str | Path, source: str | Path | Loca
     if (manifest := _finished(target, key)) is not None:
         _clear_up(target)
         return PredictResult(target, manifest, already_complete=True)
-    with sole_writer(target, say) as problem:
+    with sole_writer(target, say) as confirm_sole_writer:
         if (manifest := _finished(target, key)) is not None:  # another process may have finished it since
             return PredictResult(target, manifest, already_complete=True)
         with connected(config.workers * config.cpus_per_worker, verbose=verbose):
@@ -129,8 +129,7 @@ def predict(config: PredictConfig, bundle: str | Path, source: str | Path | Loca
             library_versions=library_versions(),
             git_commit=git_commit(),
         )
-        if lost := problem():
-            raise UsageError(lost)
+        confirm_sole_writer()
         _publish(work, manifest, target)
     return PredictResult(target, manifest, predicted=predicted, seconds=seconds)
 

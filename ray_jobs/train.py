@@ -82,7 +82,7 @@ def train(config: TrainConfig, data: str | Path, out: str | Path, *, verbose: bo
     dataset = PreparedDataset.open(data)
     folder = locate(out)
     check_trackers(config, folder)
-    with sole_writer(folder, say) as problem:
+    with sole_writer(folder, say) as confirm_sole_writer:
         request = RunRequest(folder, "train", config, dataset.manifest.fingerprint, dataset.manifest.split.folds)
         request.check()
         finished = open_finished_bundle(folder)
@@ -96,8 +96,7 @@ def train(config: TrainConfig, data: str | Path, out: str | Path, *, verbose: bo
         with connected(config.max_workers * config.cpus_per_worker, verbose=verbose):
             use_gpu = resolve_gpus(config, config.min_workers, last, "train")
             rows = load_rows(dataset, config, last.ingest if last else None)
-            if lost := problem():  # the cluster and the rows took their time
-                raise UsageError(lost)
+            confirm_sole_writer()  # the cluster and the rows took their time
             # Not before: what is wrong with the data or the cluster must not leave a folder that then refuses the command put right.
             run_id = request.claim()
             with tracking(config, folder, _facts(folder, config, dataset)) as trackers:

@@ -87,7 +87,7 @@ def tune(config: SweepConfig, data: str | Path, out: str | Path, *, verbose: boo
     dataset, folder = PreparedDataset.open(data), locate(out)
     base = config.train_config({})
     check_trackers(base, folder)
-    with sole_writer(folder, say) as problem:
+    with sole_writer(folder, say) as confirm_sole_writer:
         request = RunRequest(folder, "tune", config, dataset.manifest.fingerprint, dataset.manifest.split.folds)
         request.check()
         finished = open_finished_bundle(folder)
@@ -107,8 +107,7 @@ def tune(config: SweepConfig, data: str | Path, out: str | Path, *, verbose: boo
             begun = _begun(folder)
             use_gpu = resolve_gpus(base, config.workers_per_trial, begun, "tune (one trial)", config.gpus_per_worker)
             rows = _load_rows(dataset, base, folds)
-            if lost := problem():  # the cluster and the rows took their time
-                raise UsageError(lost)
+            confirm_sole_writer()  # the cluster and the rows took their time
             run_id = request.claim()
             # Again: a process that had the sweep until now may have written until now.
             journal = Journal(folder)

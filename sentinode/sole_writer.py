@@ -4,7 +4,7 @@
 
 Whoever wants the output looks at the newest object for a while. If it changes, somebody is at work there. If not, its holder has gone, and the next
 number is put, only if it is not there: of several who want it one gets it. Clocks are not compared. A holder that was only held up, and comes back,
-finds the newer number when it asks (`Holder.problem`).
+finds the newer number when it asks (`Holder.confirm`).
 """
 
 import json
@@ -43,16 +43,19 @@ class Holder:
         self._id = secrets.token_hex(8)
         self._beat = 0
 
-    def problem(self) -> str | None:
-        """Return None while nobody else has taken the right; else one line that says so.
+    def confirm(self) -> None:
+        """Return while nobody else has taken the right.
 
         Raises
         ------
+        UsageError
+            Another process has taken it.
         StorageError
             The storage does not answer.
         """
         newest = _newest(self._out)
-        return None if newest is None or newest[0] <= self._number else f"{self._out}: another process writes it now, so this one has stopped"
+        if newest is not None and newest[0] > self._number:
+            raise UsageError(f"{self._out}: another process writes it now, so this one has stopped")
 
     def put(self, *, create_only: bool = False, released: bool = False) -> None:
         """Show that this process lives, or that it has ended."""
@@ -62,7 +65,7 @@ class Holder:
 
 
 @contextmanager
-def sole_writer(out: Location, tell: Callable[[str], None] = log.info) -> Iterator[Callable[[], str | None]]:
+def sole_writer(out: Location, tell: Callable[[str], None] = log.info) -> Iterator[Callable[[], None]]:
     """Hold the right to write `out` while the block runs.
 
     Parameters
@@ -74,7 +77,7 @@ def sole_writer(out: Location, tell: Callable[[str], None] = log.info) -> Iterat
     Yields
     ------
     callable
-        Returns None while the right is held, or one line that says that it was lost: ask before what cannot be undone. Never lost on disk.
+        Returns while the right is held, and raises UsageError once it is lost: call it before what cannot be undone. Never lost on disk.
 
     Raises
     ------
@@ -99,14 +102,14 @@ def sole_writer(out: Location, tell: Callable[[str], None] = log.info) -> Iterat
     beating = threading.Thread(target=_beat, args=(holder, ended), name="sole-writer", daemon=True)
     beating.start()
     try:
-        yield holder.problem
+        yield holder.confirm
     finally:
         ended.set()
         beating.join()
         # Whoever comes next need not wait; where this fails it waits.
         with suppress(SentinodeError, OSError):
-            if holder.problem() is None:
-                holder.put(released=True)
+            holder.confirm()
+            holder.put(released=True)
 
 
 def _beat(holder: Holder, ended: threading.Event) -> None:

@@ -14,6 +14,7 @@ from sentinode.sole_writer import Holder, sole_writer
 from tests.s3 import FlakyServer
 
 WRITING = "another process is writing it"
+LOST = "another process writes it now, so this one has stopped"
 
 
 @pytest.fixture(autouse=True)
@@ -30,21 +31,21 @@ def out(s3_folder: str) -> Location:
 
 def test_on_disk_it_is_the_lock(tmp_path: Path) -> None:
     out = locate(tmp_path / "run")
-    with sole_writer(out) as problem:
-        assert problem() is None
+    with sole_writer(out) as confirm:
+        confirm()
         with pytest.raises(UsageError, match=WRITING), sole_writer(out):
             pytest.fail("two writers")
 
 
 def test_while_one_works_another_is_refused_and_afterwards_it_need_not_wait(out: Location) -> None:
     told: list[str] = []
-    with sole_writer(out) as problem:
+    with sole_writer(out) as confirm:
         with pytest.raises(UsageError, match=f"{out}: {WRITING}"), sole_writer(out, told.append):
             pytest.fail("two writers")
-        assert problem() is None
+        confirm()
     assert told == [f"{out}: looking for 3 s whether another process still writes it"]
-    with sole_writer(out, told.append) as problem:
-        assert problem() is None
+    with sole_writer(out, told.append) as confirm:
+        confirm()
     assert len(told) == 1
 
 
@@ -57,19 +58,21 @@ with sole_writer(locate({str(out)!r})):
     os.kill(os.getpid(), 9)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
-    with sole_writer(out) as problem:
-        assert problem() is None
+    with sole_writer(out) as confirm:
+        confirm()
 
 
 def test_who_was_held_up_learns_that_the_output_was_taken(out: Location) -> None:
     held_up = Holder(out, 1)
     held_up.put(create_only=True)
-    assert held_up.problem() is None
+    held_up.confirm()
     with sole_writer(out):
         # It comes back: even its beat does not give it back what it lost.
         held_up.put()
-        assert held_up.problem() == f"{out}: another process writes it now, so this one has stopped"
-    assert held_up.problem() is not None
+        with pytest.raises(UsageError, match=f"^{out}: {LOST}$"):
+            held_up.confirm()
+    with pytest.raises(UsageError, match=LOST):
+        held_up.confirm()
 
 
 def test_of_several_who_find_it_silent_one_takes_it(out: Location) -> None:
@@ -96,9 +99,9 @@ def test_of_several_who_find_it_silent_one_takes_it(out: Location) -> None:
 
 
 def test_a_store_that_fails_for_a_moment_takes_nothing_away(out: Location, flaky_s3: FlakyServer) -> None:
-    with sole_writer(out) as problem:
+    with sole_writer(out) as confirm:
         flaky_s3.failures += ["503", "drop", "503"]
-        assert problem() is None
+        confirm()
 
 
 @pytest.fixture
@@ -109,8 +112,8 @@ def lost_answers(flaky_s3: FlakyServer) -> FlakyServer:
 
 def test_a_put_whose_answer_was_lost_is_known_for_one_s_own(out: Location, lost_answers: FlakyServer) -> None:
     lost_answers.failures += ["lost"]
-    with sole_writer(out) as problem:
-        assert problem() is None
+    with sole_writer(out) as confirm:
+        confirm()
 
 
 def test_a_whole_bucket_is_no_output(out: Location) -> None:
