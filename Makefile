@@ -7,13 +7,17 @@ SOURCE ?=
 BUNDLE ?= demo/synthetic/run/bundle
 PORT ?= 8000
 PYTEST_ARGS ?=
+PROCESSES ?= 2
+QUICK := not slow and not chaos and not browser and not gpu
 
-.PHONY: help install demo serve test slow chaos lint clean
+.PHONY: help install demo serve test test-unit test-ray slow chaos lint clean
+# Tests of Ray take the machine for themselves.
+.NOTPARALLEL:
 
 help:
 	@echo "make demo [SOURCE=DIR]    the whole road on synthetic patches, or on a Kaggle-layout folder"
 	@echo "make serve [BUNDLE=DIR]   keep the endpoint up on 127.0.0.1:$(PORT), without authentication"
-	@echo "make test                 unit, ray and serve tests"
+	@echo "make test                 test-unit, in $(PROCESSES) processes at a time, then test-ray, which holds those of serve too"
 	@echo "make slow | make chaos    the long tiers"
 	@echo "make lint                 ruff and mypy"
 
@@ -31,8 +35,13 @@ demo: install
 serve: install
 	$(BIN)/sentinode serve --bundle "$(BUNDLE)" --port $(PORT) --set auth=none
 
-test: install
-	$(BIN)/python -m pytest -m "not slow and not chaos and not browser and not gpu" $(PYTEST_ARGS)
+test: test-unit test-ray
+
+test-unit: install
+	$(BIN)/python -m pytest -n $(PROCESSES) -m "$(QUICK) and not ray and not serve" $(PYTEST_ARGS)
+
+test-ray: install
+	$(BIN)/python -m pytest -m "$(QUICK) and (ray or serve)" $(PYTEST_ARGS)
 
 slow: install
 	$(BIN)/python -m pytest -m "slow" $(PYTEST_ARGS)
