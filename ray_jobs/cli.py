@@ -101,7 +101,8 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
     if args.check:
         from serve.check import check_serve_file
 
-        check_serve_file(args.check)
+        for line in check_serve_file(args.check):
+            say(f"note: {line}")
         say(f"{args.check}: every key and value is known")
         return {"checked": args.check}
     if args.new_key:

@@ -9,7 +9,6 @@ import socket
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,15 +19,12 @@ from ray.exceptions import AuthenticationError
 
 from ray_jobs.autoscaling import KINDS, LIMIT_VARIABLE, Growth, growth, places_on
 from ray_jobs.ray_address import check_ray_address, refused
-from ray_jobs.verb import say
 from sentinode.errors import CapacityError, SentinodeError, UsageError
 
 _LOCALHOST = "127.0.0.1"
 _START_TIMEOUT_S = 60
 # A cloud node takes minutes to boot and pull its image; Ray Train's own 60 s would give up on every cold start.
 _AUTOSCALED_START_TIMEOUT_S = 900
-# How long a task may wait for its resources before the terminal says so.
-_SILENT_WAIT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ def connected(need_cpus: float, *, verbose: bool = False) -> Iterator[None]:
     Raises
     ------
     UsageError
-        RAY_ADDRESS names a cluster that cannot be reached.
+        RAY_ADDRESS names a cluster that cannot be reached, or RAY_AUTH_TOKEN_PATH no file.
     """
     if ray.is_initialized():
         yield
@@ -79,7 +75,9 @@ def connected(need_cpus: float, *, verbose: bool = False) -> Iterator[None]:
     noise: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        if _is_host_and_port(address):  # else auto, ray://…: Ray's to resolve
+        if address.startswith("ray://"):
+            raise UsageError(f"RAY_ADDRESS={address}: Ray Client cannot do what verbs need; name the head as HOST:6379, or use `sentinode submit`")
+        if _is_host_and_port(address):  # else `auto`: Ray's to resolve
             check_ray_address(address)
         try:
             with _standard_error_kept(verbose), signal_handlers_kept():
@@ -104,9 +102,13 @@ def _is_host_and_port(address: str) -> bool:
 
 
 def _start_local(need_cpus: float, verbose: bool, noise: dict[str, Any]) -> None:
-    if os.environ.get("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        # Else Ray, which turns token authentication on by itself, would take a cluster's token from the user's home, or write one there.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if os.environ.get("RAY_AUTH_MODE", "token") == "token" and not os.environ.get("RAY_AUTH_TOKEN"):
+        if path := os.environ.get("RAY_AUTH_TOKEN_PATH"):
+            if not os.path.isfile(path):
+                raise UsageError(f"RAY_AUTH_TOKEN_PATH={path}: there is no such file")
+        else:
+            # Else Ray, which turns token authentication on by itself, would take a cluster's token from the user's home, or write one there.
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # It speaks of a cluster.
     os.environ.pop(LIMIT_VARIABLE, None)
     # Ray warns on the terminal when four times this many of its processes start at once; a small sweep does.
@@ -243,34 +245,6 @@ def _check_places(need: Need, more: Growth | None, verb: str) -> None:
         size = resources_text(need.cpus_per_worker, need.gpus_per_worker)
         how_many = f"only {places:g} of {need.workers} workers" if places else "no worker"
         raise CapacityError(f"{verb}: {how_many} of {size} each would have room, since each must fit one node")
-
-
-@contextmanager
-def reserved(cpus: float, gpus: float, purpose: str) -> Iterator[Any]:
-    """Yield a scheduling strategy for one task with these resources, which are its own inside the block.
-
-    Waits for them, and says so where that takes long: a task that cannot be scheduled yet looks to its caller like one that runs.
-
-    Parameters
-    ----------
-    cpus, gpus : float
-    purpose : str
-        What for, after "waiting for 1 CPU to", e.g. "read the data set".
-    """
-    from ray.util.placement_group import placement_group, remove_placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    group = placement_group([{"CPU": cpus} | ({"GPU": gpus} if gpus else {})])
-    try:
-        tells_at: float | None = time.monotonic() + _SILENT_WAIT_S
-        # In short waits, between which Ctrl-C is heard.
-        while not group.wait(1):
-            if tells_at is not None and time.monotonic() >= tells_at:
-                say(f"waiting for {resources_text(cpus, gpus)} to {purpose}; the cluster's are taken")
-                tells_at = None
-        yield PlacementGroupSchedulingStrategy(group)
-    finally:
-        remove_placement_group(group)
 
 
 def resources_text(cpus: float, gpus: float) -> str:

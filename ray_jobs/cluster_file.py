@@ -14,9 +14,10 @@ import jsonschema
 from sentinode.config import known_keys_hint, read_yaml_mapping
 from sentinode.errors import ConfigError
 
+_CLOUD_KEYS = {"region", "availability_zone", "cache_stopped_nodes", "use_internal_ips", "use_external_head_ip"}
 _PROVIDER_KEYS = {
-    "aws": {"region", "availability_zone", "cache_stopped_nodes", "use_internal_ips", "security_group", "key_pair", "aws_credentials", "cloudwatch"},
-    "gcp": {"region", "availability_zone", "project_id", "cache_stopped_nodes", "use_internal_ips", "gcp_credentials"},
+    "aws": _CLOUD_KEYS | {"security_group", "key_pair", "aws_credentials", "cloudwatch"},
+    "gcp": _CLOUD_KEYS | {"project_id", "gcp_credentials"},
     "local": {"head_ip", "worker_ips", "external_head_ip", "coordinator_address"},
 }
 """What Ray 2.60's node providers read, beside `type`."""

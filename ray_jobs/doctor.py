@@ -107,7 +107,10 @@ def _sees_a_gpu() -> bool:
 
 def memory_and_disk() -> Iterator[Check]:
     """Look at memory, shared memory, disks and open files."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    from ray._common.utils import get_system_memory
+
+    # As Ray counts it: of a container, what it may use.
+    total = get_system_memory()
     yield Check(
         "memory", "ok" if total >= 8 * _GIB else "warn", _gib(total), "" if total >= 8 * _GIB else "8 GiB or more: each worker takes one or two"
     )
@@ -188,8 +191,10 @@ def token() -> Iterator[Check]:
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if mode == "disabled":
         yield Check("token", "warn", "RAY_AUTH_MODE=disabled", "whoever reaches Ray's ports runs code here; set RAY_AUTH_MODE=token")
-    elif "RAY_AUTH_TOKEN" in os.environ:
+    elif os.environ.get("RAY_AUTH_TOKEN"):
         yield Check("token", "ok", "in RAY_AUTH_TOKEN")
+    elif os.environ.get("RAY_AUTH_TOKEN_PATH") and not path.is_file():
+        yield Check("token", "fail", f"RAY_AUTH_TOKEN_PATH={path}: there is no such file", "bring the cluster's token there, or unset the variable")
     elif path.is_file():
         open_to_all = path.stat().st_mode & 0o077 != 0
         yield Check("token", "warn" if open_to_all else "ok", str(path), f"others may read it: chmod 600 {path}" if open_to_all else "")
@@ -222,15 +227,17 @@ def storage(uri: str) -> Callable[[], Iterator[Check]]:
             if probe.is_local:
                 probe.local.parent.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(content)
-            read = probe.read_bytes()
-            probe.remove()
+            try:
+                read = probe.read_bytes()
+            finally:
+                probe.remove()
         except (SentinodeError, OSError) as error:
             what = f"{type(error).__name__}: {error}"
             yield Check(
                 name,
                 "fail",
                 locate(uri).why_nothing(what) if isinstance(error, FileNotFoundError) else what,
-                "check the name, the credentials in the environment, and the rights to put, get and delete",
+                "check the name, the credentials in the environment, and the rights to put, get and delete (a sentinode-doctor-… may be left there)",
             )
         else:
             same = read == content

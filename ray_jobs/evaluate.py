@@ -111,6 +111,8 @@ def _publish(report: EvaluationReport, page: str, target: Location) -> None:
         write_json(staging / "report.json", report.model_dump(mode="json"))
         publish(staging, target.local)
         return
+    # The figures last, and none beside a page that is not theirs.
+    (target / "report.json").remove()
     (target / "report.html").write_bytes(page.encode())
     (target / "report.json").write_bytes(json_bytes(report.model_dump(mode="json")))
 

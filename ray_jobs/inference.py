@@ -13,6 +13,7 @@ import ray.data
 import torch
 
 from ray_jobs.cluster import Need, check_capacity, wants_gpus
+from ray_jobs.waiting import data_tasks_run, wait_told
 from sentinode.allocator import keep_freed_memory
 from sentinode.bundle import Bundle
 from sentinode.config import EnsembleConfig, EvaluateConfig, PredictConfig
@@ -109,13 +110,14 @@ def run_units(
     outcomes: dict[int, dict[str, Any]] = {}
     rows = 0
     try:
-        for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for outcome in batch.to_pylist():
-                if outcome["error"] is None:
-                    outcome["result"] = pa.ipc.open_stream(outcome["result"]).read_all()
-                    rows += outcome["result"].num_rows
-                outcomes[outcome["unit"]] = outcome
-            show(rows)
+        with wait_told(config.cpus_per_worker, int(use_gpu), verb, data_tasks_run):
+            for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+                for outcome in batch.to_pylist():
+                    if outcome["error"] is None:
+                        outcome["result"] = pa.ipc.open_stream(outcome["result"]).read_all()
+                        rows += outcome["result"].num_rows
+                    outcomes[outcome["unit"]] = outcome
+                show(rows)
     except ray.exceptions.RayError as error:
         root = root_of(error)
         raise root if isinstance(root, SentinodeError) else SentinodeError(f"{verb} failed: {one_line(root)}") from error

@@ -81,16 +81,13 @@ class Command:
 
     @property
     def entrypoint(self) -> str:
-        """The job's command line."""
+        """The job's command line. It holds a digest of what is in the files, so that one command line is one piece of work."""
         return shlex.join(["python", "-m", f"ray_jobs.{self.verb}", *self.arguments])
 
     @property
     def submission_id(self) -> str:
         """Of its first attempt: the same for the same command."""
-        digest = hashlib.sha256(self.entrypoint.encode())
-        for name, file in sorted(self.files.items()):
-            digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
-        return f"{self.verb}-{digest.hexdigest()[:12]}"
+        return f"{self.verb}-{_digest(self.entrypoint.encode())}"
 
 
 def check_command(verb: str, arguments: Sequence[str]) -> Command:
@@ -116,8 +113,9 @@ def check_command(verb: str, arguments: Sequence[str]) -> Command:
         config_from(parsed, parsed.config_model)
         if parsed.config and "://" not in parsed.config:
             # The file is here, the job is not.
-            name = f"{_UPLOADED}/{Path(parsed.config).name}"
-            files[name] = Path(parsed.config)
+            file = Path(parsed.config)
+            name = f"{_UPLOADED}/{_digest(file.read_bytes())}-{file.name}"
+            files[name] = file
             given = ["--config=" + name if one == f"--config={parsed.config}" else one for one in given]
             given = [name if before == "--config" else one for before, one in zip(["", *given], given, strict=False)]
     named = {field: value if isinstance(value, list) else [value] for field in (*_INPUTS, *_OUTPUTS) if (value := getattr(parsed, field, None))}
@@ -128,6 +126,10 @@ def check_command(verb: str, arguments: Sequence[str]) -> Command:
             raise UsageError(f"{path}: a job does not run in this folder; name the path from / on, or a URI of an object store")
     inputs = {option: [path for path in named[field] if not _is_local(path)] for field, option in _INPUTS.items() if field in named}
     return Command(verb, given if parsed.json else [*given, "--json"], files, getattr(parsed, "out", None), local, inputs)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def _is_local(path: str) -> bool:
@@ -192,17 +194,16 @@ def upload_folder(files: dict[str, Path]) -> Iterator[Path]:
         yield folder
 
 
-def manifest_is_missing(command: Command) -> str | None:
-    """Return in words that what the verb writes last is not there; None where it is, or cannot be looked at from here."""
+def manifest_exists(command: Command) -> bool | None:
+    """Return whether what the verb writes last is there; None where there is no such thing, or it cannot be looked at from here, which is told."""
     name = MANIFESTS.get(command.verb)
     if name is None or command.out is None:
         return None
     try:
         out = locate(command.out)
-        if out.is_local and not out.exists():
-            say(f"{command.out}: not on this machine, so not looked at from here")
-        elif not (out / name).exists():
-            return f"{command.out} has no {name}"
+        if not out.is_local or out.exists():
+            return (out / name).exists()
+        say(f"{command.out}: not on this machine, so not looked at from here")
     except (OSError, StorageError, UsageError) as error:
         say(f"{command.out}: cannot be looked at from here ({error})")
     return None

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,10 +18,10 @@ from ray.job_submission import JobSubmissionClient
 from ray.util.state import get_node
 from ray.util.state.exception import RayStateApiException
 
-from ray_jobs.job_command import Command, manifest_is_missing, upload_folder
+from ray_jobs.job_command import MANIFESTS, Command, manifest_exists, upload_folder
 from ray_jobs.ray_address import TOKEN_HINT
 from ray_jobs.verb import duration_text, say
-from sentinode.errors import SentinodeError, StoppedError, UsageError
+from sentinode.errors import SentinodeError, StoppedError, UsageError, one_line
 
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -48,21 +49,28 @@ class JobError(SentinodeError):
         self.exit_code = exit_code
 
 
-class _Jobs(JobSubmissionClient):  # type: ignore[misc]
+class Jobs(JobSubmissionClient):  # type: ignore[misc]
     """Ray's client, which by itself would wait for ever for a server that does not answer."""
+
+    def time_s(self) -> float:
+        """Return what time it is on the server, in seconds since 1970: ages of its jobs are no affair of this machine's clock."""
+        date: str = self._do_request("GET", "/api/version").headers["Date"]
+        return parsedate_to_datetime(date).timestamp()
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
         response: requests.Response = super()._do_request(method, endpoint, timeout=_ANSWER_TIMEOUT_S, **options)
         return response
 
 
-def connect(address: str | None) -> JobSubmissionClient:
+def connect(address: str | None) -> Jobs:
     """Return a client of the job server at an address (default: RAY_API_SERVER_ADDRESS, else this machine's).
 
     Raises
     ------
     UsageError
         There is none, it wants another token, or it runs another Ray.
+    SentinodeError
+        It answers with an error.
     """
     address = (address or os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS).rstrip("/")
     parts = urlsplit(address)
@@ -70,19 +78,20 @@ def connect(address: str | None) -> JobSubmissionClient:
         raise UsageError(f"{address}: expected the address of a job server, like {DEFAULT_ADDRESS}")
     # Ray's client obeys the variable before its argument.
     os.environ[ADDRESS_VARIABLE] = address
-    with answering(address):
-        client = _Jobs(address)
+    with answering(address, is_known=False):
+        client = Jobs(address)
         theirs = client._server_ray_version
         if theirs != ray.__version__:
             raise UsageError(f"{address} runs Ray {theirs}, this is Ray {ray.__version__}; both must be the same")
+    with answering(address):
         # What asks for the token.
         client.list_jobs()
     return client
 
 
 @contextmanager
-def answering(address: str) -> Iterator[None]:
-    """Turn what goes wrong on the way to a job server into one line."""
+def answering(address: str, *, is_known: bool = True) -> Iterator[None]:
+    """Turn what goes wrong on the way to a job server into one line; `is_known`: that one is there, though it may answer with an error."""
     try:
         yield
     except AuthenticationError as error:
@@ -90,10 +99,13 @@ def answering(address: str) -> Iterator[None]:
     except (ConnectionError, requests.ConnectionError, requests.Timeout) as error:
         raise UsageError(f"{address}: no Ray job server can be reached there ({type(error).__name__})") from error
     except (requests.RequestException, RayStateApiException, RuntimeError, ValueError, KeyError, TypeError) as error:
+        if is_known:
+            # A head that has just started answers before it takes jobs; an agent may be gone.
+            raise SentinodeError(f"{address}: the job server answers with an error ({one_line(error)[:300]}); repeat the command") from error
         raise UsageError(f"{address}: what answers there is no Ray job server") from error
 
 
-def submit(client: JobSubmissionClient, command: Command, submission_id: str | None = None) -> tuple[str, bool]:
+def submit(client: Jobs, command: Command, submission_id: str | None = None) -> tuple[str, bool]:
     """Submit a command, unless it runs already (or, with a `submission_id` of the caller's, has succeeded).
 
     Returns
@@ -139,7 +151,7 @@ def _attempt(name: str, base: str) -> int | None:
     return int(number) if number != name and number.isdecimal() else None
 
 
-def _goes_on(client: JobSubmissionClient, job: Any) -> bool:
+def _goes_on(client: Jobs, job: Any) -> bool:
     try:
         return job.status.value not in _ENDED and not _is_lost(client, job)
     except RayStateApiException:
@@ -147,19 +159,19 @@ def _goes_on(client: JobSubmissionClient, job: Any) -> bool:
         return True
 
 
-def _is_lost(client: JobSubmissionClient, job: Any) -> bool:
+def _is_lost(client: Jobs, job: Any) -> bool:
     """Return whether a job that Ray calls pending or running has no driver any more.
 
     With its state in Redis, a head that was lost and started again goes on calling jobs of the lost one running until somebody submits another
     (Ray 2.60 begins to watch jobs with the first one that is submitted to a head).
     """
     if job.driver_node_id is None:
-        return bool(job.status.value == "PENDING" and time.time() - job.start_time / 1000 > _PENDING_TIMEOUT_S)
+        return bool(job.status.value == "PENDING" and client.time_s() - job.start_time / 1000 > _PENDING_TIMEOUT_S)
     node = get_node(job.driver_node_id, address=client._address, timeout=int(_ANSWER_TIMEOUT_S))
     return node is None or bool(node.state != "ALIVE")
 
 
-def follow(client: JobSubmissionClient, submission_id: str) -> Any:
+def follow(client: Jobs, submission_id: str) -> Any:
     """Tell a job's log as it comes and return its details once it has ended.
 
     Raises
@@ -191,7 +203,7 @@ def follow(client: JobSubmissionClient, submission_id: str) -> Any:
         time.sleep(_POLL_S)
 
 
-def _details_of_ended(client: JobSubmissionClient, submission_id: str) -> Any | None:
+def _details_of_ended(client: Jobs, submission_id: str) -> Any | None:
     """Return what is known of a job that has ended; None where it goes on.
 
     Raises
@@ -210,7 +222,7 @@ def _details_of_ended(client: JobSubmissionClient, submission_id: str) -> Any | 
     return None
 
 
-async def _tell_log(client: JobSubmissionClient, submission_id: str, told: int) -> int:
+async def _tell_log(client: Jobs, submission_id: str, told: int) -> int:
     """Print the log from its character `told` on, until the job ends, the log is silent or cannot be had; return how many it has by now.
 
     That it cannot be had is no reason to give up: the node that has it may be lost, and the job server is asked next.
@@ -228,8 +240,8 @@ async def _tell_log(client: JobSubmissionClient, submission_id: str, told: int) 
                 told = position
 
 
-def outcome(client: JobSubmissionClient, command: Command, submission_id: str, details: Any) -> dict[str, Any]:
-    """Return what a verb that succeeded told in its last line.
+def outcome(client: Jobs, command: Command, submission_id: str, details: Any) -> dict[str, Any] | None:
+    """Return what a verb that succeeded told in its last line; None where its log is gone, and what it made is there.
 
     Raises
     ------
@@ -247,20 +259,27 @@ def outcome(client: JobSubmissionClient, command: Command, submission_id: str, d
             # A shell between Ray and the driver tells a signal as 128 and its number.
             raise JobError(f"{submission_id} was killed by signal {-code if code < 0 else code - 128}; submitted again, it continues")
         raise JobError(f"{submission_id} failed with exit code {code}", code if code in (1, 2, 3) else 1)
+    is_there = manifest_exists(command)
+    if is_there is False:
+        raise JobError(f"Ray calls {submission_id} a success, but {command.out} has no {MANIFESTS[command.verb]}")
     try:
-        lines = client.get_job_logs(submission_id).strip().splitlines()
-    except _UNREACHABLE as error:
-        raise JobError(f"{submission_id} has succeeded, but its log, and with it its result, cannot be had any more") from error
+        log = client.get_job_logs(submission_id).strip()
+    except _UNREACHABLE:
+        log = ""
+    if not log:
+        # It went with the head that had it, while the list of jobs, in Redis, did not; Ray answers "" then.
+        if is_there:
+            say(f"the log of {submission_id}, and with it what it told of its result, is gone; what it made is there")
+            return None
+        raise JobError(f"{submission_id} has succeeded, but its log, and with it its result, cannot be had any more")
     try:
-        result: dict[str, Any] = json.loads(lines[-1])
-    except (IndexError, ValueError) as error:
+        result: dict[str, Any] = json.loads(log.splitlines()[-1])
+    except ValueError as error:
         raise JobError(f"Ray calls {submission_id} a success, but it did not end with its result") from error
-    if missing := manifest_is_missing(command):
-        raise JobError(f"Ray calls {submission_id} a success, but {missing}")
     return result
 
 
-def stop(client: JobSubmissionClient, submission_id: str) -> None:
+def stop(client: Jobs, submission_id: str) -> None:
     """Ask a job to stop, as SIGTERM does, and wait until it has."""
     known = {job.submission_id: job.status.value for job in client.list_jobs()}
     if submission_id not in known:

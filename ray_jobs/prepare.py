@@ -22,6 +22,7 @@ from ray_jobs.cluster import Need, check_capacity, connected
 from ray_jobs.prepare_one_node import prepare_on_one_node
 from ray_jobs.prepare_progress import ProgressLines, summary_table
 from ray_jobs.verb import add_common_arguments, config_from, main_of, say
+from ray_jobs.waiting import data_tasks_run, wait_told
 from sentinode.config import PrepareConfig
 
 
@@ -34,7 +35,8 @@ def run_prepare(request: PrepareRequest, *, verbose: bool = False) -> PrepareRes
         # Machines that are still to come see no more of this one's disk than those that are there.
         if request.work_is_private and (works_elsewhere() or growth() is not None):
             return prepare_on_one_node(request, ProgressLines())
-        return prepare(request, progress=ProgressLines())
+        with wait_told(1, 0, "prepare the data set", data_tasks_run):
+            return prepare(request, progress=ProgressLines())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

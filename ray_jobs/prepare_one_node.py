@@ -12,10 +12,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from data_prep.output import PrepareRequest
 from data_prep.prepare import PrepareResult, prepare
 from data_prep.tasks import Progress, on_this_node
-from ray_jobs.cluster import reserved
 from ray_jobs.failures import task_error
 from ray_jobs.progress import following
 from ray_jobs.verb import say
+from ray_jobs.waiting import reserved
 from sentinode.publishing import staging_of
 
 # More machines than these are not lost one after the other by chance.

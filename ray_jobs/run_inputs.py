@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import ray
 
-from ray_jobs.cluster import reserved
 from ray_jobs.failures import task_error
+from ray_jobs.waiting import reserved
 from sentinode.config import TrainConfig
 from sentinode.dataset import IntArray, Patches, PreparedDataset
 from sentinode.locations import Location

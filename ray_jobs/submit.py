@@ -12,15 +12,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ray.job_submission import JobSubmissionClient
-
 from ray_jobs.job_command import Command, check_command, look_for_inputs
-from ray_jobs.job_server import ADDRESS_VARIABLE, DEFAULT_ADDRESS, answering, connect, follow, outcome, stop, submit
+from ray_jobs.job_server import ADDRESS_VARIABLE, DEFAULT_ADDRESS, Jobs, answering, connect, follow, outcome, stop, submit
 from ray_jobs.verb import add_common_arguments, main_of, say
 from sentinode.errors import StoppedError, UsageError
 
 
-def _submit_and_follow(client: JobSubmissionClient, command: Command, submission_id: str | None, detach: bool) -> dict[str, Any]:
+def _submit_and_follow(client: Jobs, command: Command, submission_id: str | None, detach: bool) -> dict[str, Any]:
     if command.paths:
         say(f"must be the same on every node of the cluster: {', '.join(command.paths)}")
     with answering(client._address):

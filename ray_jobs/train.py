@@ -17,7 +17,7 @@ import ray
 import torch
 
 from ray_jobs.checkpoints import Saved, best_and_last, last_good
-from ray_jobs.cluster import Need, check_capacity, connected, reserved, signal_handlers_kept, wants_gpus
+from ray_jobs.cluster import Need, check_capacity, connected, signal_handlers_kept, wants_gpus
 from ray_jobs.failures import task_error, training_error
 from ray_jobs.progress import following
 from ray_jobs.run_folder import RunRequest, open_finished_bundle, problem_with, remove_features
@@ -26,6 +26,7 @@ from ray_jobs.stopping import StopOnSignal
 from ray_jobs.tracking import RunFacts, Tracking, check_trackers, tracking
 from ray_jobs.trainer import checkpoint_interval_s, make_trainer, room_text
 from ray_jobs.verb import add_common_arguments, config_from, duration_text, main_of, say
+from ray_jobs.waiting import reserved
 from sentinode.bundle import Bundle
 from sentinode.config import TrainConfig
 from sentinode.dataset import Patches, PreparedDataset
@@ -207,7 +208,7 @@ def _fit(
     from ray_jobs.train_callback import TellDriver, TellOfWaiting
 
     def show(record: dict[str, Any]) -> None:
-        if record["kind"] == "note":
+        if record["kind"] in ("note", "waiting"):
             say(record["text"])
             return
         # First: what becomes of the terminal is not the trackers' concern.

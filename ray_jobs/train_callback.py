@@ -67,6 +67,6 @@ class TellOfWaiting(ControllerCallback):  # type: ignore[misc]
             self._log.workers_ended.remote()
         if now in _LOOKING_FOR_ROOM and not self._told and time.monotonic() - self._idle_since >= _SILENT_WAIT_S:
             self._told = True
-            self._log.add.remote({"kind": "note", "text": f"waiting for room: {self._need}"})
+            self._log.add.remote({"kind": "waiting", "text": f"waiting for room: {self._need}"})
         if current_state is previous_state:
             time.sleep(_PAUSE_S)

@@ -209,7 +209,7 @@ def _search(sweep: _Sweep, source: PointSource, *, verbose: bool) -> None:
         say(f"continuing the sweep: {progress.standing(0)}")
     course = Course(config, folder, journal, source, limit=limit, epochs=epochs, folds=folds, seed=base.seed, progress=progress, trackers=trackers)
     try:
-        with following(lambda record: None) as log:
+        with following(lambda record: say(record["text"])) as log:
             initial = None if sweep.initial is None else ray.put(sweep.initial)
             shared = Shared(config, base, sweep.dataset, folder, sweep.run_id, sweep.rows, initial, log, sweep.use_gpu, os.getcwd())
             gpus = config.gpus_per_worker if sweep.use_gpu else 0

@@ -24,8 +24,10 @@ log = logging.getLogger(__name__)
 BEAT_S = 5.0
 """How often a holder puts its object."""
 SILENCE_S = 45.0
-"""After so long without a change a holder has gone. More than a stall of a busy machine, or a request that is tried again, takes."""
+"""After so long without a change, in a store that answers, a holder has gone. More than a stall of a busy machine, or a repeated request, takes."""
 _LOOK_S = 1.0
+_SLOW_LOOK_S = 10.0
+"""A look that took longer says nothing of the holder: its beats did not get through to the store either."""
 
 
 class Holder:
@@ -123,11 +125,14 @@ def _take(out: Location, tell: Callable[[str], None]) -> Holder:
     newest = _newest(out)
     if newest is not None and not _is_released(out, newest[0]):
         tell(f"{out}: looking for {SILENCE_S:.0f} s whether another process still writes it")
-        deadline = time.monotonic() + SILENCE_S
-        while time.monotonic() < deadline:
+        silent_s = 0.0
+        while silent_s < SILENCE_S:
+            began = time.monotonic()
             time.sleep(_LOOK_S)
             if _newest(out) != newest:
                 raise UsageError(f"{out}: another process is writing it")
+            took_s = time.monotonic() - began
+            silent_s = silent_s + took_s if took_s < _SLOW_LOOK_S else 0.0
     holder = Holder(out, (newest[0] if newest else 0) + 1)
     try:
         holder.put(create_only=True)

@@ -13,11 +13,12 @@ from ray.serve.schema import ServeDeploySchema
 
 from sentinode.config import ServeConfig, describe_validation_error, known_keys_hint, parse_config, read_yaml_mapping
 from sentinode.errors import ConfigError
-from serve.app import CLASSIFIER, ENDPOINT, IMPORT_PATH
+from serve.app import BUNDLE_VARIABLE, CLASSIFIER, ENDPOINT, IMPORT_PATH
+from serve.auth import KEYS_VARIABLE
 
 
-def check_serve_file(path: str | Path) -> None:
-    """Check a file for `serve run` or `serve deploy`.
+def check_serve_file(path: str | Path) -> list[str]:
+    """Check a file for `serve run` or `serve deploy`, and return what it leaves to the environment of the cluster, a line each.
 
     Every key at every level must be one that Serve's own schema has, every value must pass that schema, and the `args` (and names under
     `deployments`) of our application must be ours.
@@ -28,6 +29,7 @@ def check_serve_file(path: str | Path) -> None:
         One line: file, path of the key, what was expected, the nearest known key.
     """
     content = read_yaml_mapping(path)
+    left_open = []
     try:
         _check_keys(content, ServeDeploySchema, "")
         _check_values(content, ServeDeploySchema, "")
@@ -35,15 +37,17 @@ def check_serve_file(path: str | Path) -> None:
             where = f"applications[{index}]"
             import_path = application["import_path"]
             if import_path == IMPORT_PATH:
-                _check_own_application(application, where)
-                _check_proxy_waits(content, parse_config(ServeConfig, application.get("args") or {}))
+                config = _check_own_application(application, where)
+                _check_proxy_waits(content, config)
+                left_open += _left_open(application, config, where)
             elif import_path.partition(".")[0] == IMPORT_PATH.partition(".")[0]:
                 raise ConfigError(f"{where}.import_path: got {import_path!r}, expected {IMPORT_PATH}")
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    return left_open
 
 
-def _check_own_application(application: Mapping[str, Any], where: str) -> None:
+def _check_own_application(application: Mapping[str, Any], where: str) -> ServeConfig:
     try:
         config = parse_config(ServeConfig, application.get("args") or {})
     except ConfigError as error:
@@ -52,14 +56,26 @@ def _check_own_application(application: Mapping[str, Any], where: str) -> None:
     for index, deployment in enumerate(application.get("deployments") or []):
         if (name := deployment.get("name")) not in names:
             raise ConfigError(f"{where}.deployments[{index}].name: got {name!r}, expected {' or '.join(names)} with topology {config.topology}")
+    return config
+
+
+def _left_open(application: Mapping[str, Any], config: ServeConfig, where: str) -> Iterator[str]:
+    set_here = (application.get("runtime_env") or {}).get("env_vars") or {}
+    for key, is_open, variable in (
+        ("bundle", not config.bundle, BUNDLE_VARIABLE),
+        ("api_keys_file", config.auth == "keys" and not config.api_keys_file, KEYS_VARIABLE),
+    ):
+        if is_open and variable not in set_here:
+            yield f"{where}.args.{key} is empty: {variable} must be set where the endpoint runs"
 
 
 def _check_proxy_waits(content: Mapping[str, Any], config: ServeConfig) -> None:
     waits_s = (content.get("http_options") or {}).get("request_timeout_s")
     longest_s = max(config.request_timeout_s, config.batch_request_timeout_s)
-    if waits_s is not None and waits_s <= longest_s:
+    # Serve takes a number in quotes for one.
+    if waits_s is not None and float(waits_s) <= longest_s:
         raise ConfigError(
-            f"http_options.request_timeout_s: got {waits_s:g}, expected more than the {longest_s:g} of args; "
+            f"http_options.request_timeout_s: got {float(waits_s):g}, expected more than the {longest_s:g} of args; "
             "else callers get Ray's bare 408 instead of our 504"
         )
 

@@ -54,6 +54,7 @@ class GroupTraining:
         self._history: list[dict[str, Any]] = [] if last is None else last.progress.history
         self._progress = last.progress if last is not None else Progress()
         self._told = told = min(told, len(self._history))
+        self._sweeps_log = log
         self._stops = log.stop_requested.remote() if log is not None else None
         self._log = ProgressLog.remote(told + 1)  # type: ignore[attr-defined]
         self._seen = 0
@@ -125,6 +126,8 @@ class GroupTraining:
         records = ray.get(self._log.since.remote(self._seen))
         self._seen += len(records)
         for record in records:
+            if record["kind"] == "waiting" and self._sweeps_log is not None:
+                self._sweeps_log.add.remote(record)
             if record["kind"] == "epoch" and record["epoch"] >= self._next_epoch_number():
                 # Ray is told only of what has a value; the loop's own records have them all.
                 whole = {"val_roc_auc": None, "train_loss": None} | {name: value for name, value in record.items() if name not in _ABOUT}

@@ -19,6 +19,7 @@ from ray_jobs.cluster import signal_handlers_kept
 from ray_jobs.sweep.course import Course
 from ray_jobs.sweep.trial import Shared, Trial
 from ray_jobs.verb import say
+from ray_jobs.waiting import wait_told
 from sentinode.errors import one_line, root_of
 
 # A driver of workers only waits; Ray refuses 0 for it.
@@ -74,10 +75,14 @@ class _Decisions(_StateElsewhere, FIFOScheduler):  # type: ignore[misc]
 
 
 class _Ends(_StateElsewhere, Callback):  # type: ignore[misc]
-    """Tells the course how trials end."""
+    """Tells the course how trials end, and notes that one has begun."""
 
     def __init__(self, course: Course) -> None:
         self._course = course
+        self.any_began = threading.Event()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.any_began.set()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._course.ended(trial.config["number"], trial.last_result or {})
@@ -117,6 +122,7 @@ def tune_search(course: Course, shared: Shared, *, gpus: float, max_failures: in
     trainable = tune.with_resources(tune.with_parameters(Trial, shared=shared), tune.PlacementGroupFactory([own]))
     # A process that drives workers is ended with its trial, and they with it; kept for another one it would keep them for as long as none comes.
     reuse = workers == 1
+    ends = _Ends(course)
     # What Tune writes down is not read again, so it need not be where every node sees it.
     with tempfile.TemporaryDirectory(prefix="sentinode-tune-") as scratch, signal_handlers_kept():
         tuner = tune.Tuner(
@@ -125,13 +131,14 @@ def tune_search(course: Course, shared: Shared, *, gpus: float, max_failures: in
             run_config=tune.RunConfig(
                 name="sweep",
                 storage_path=scratch,
-                callbacks=[_Ends(course)],
+                callbacks=[ends],
                 failure_config=tune.FailureConfig(max_failures=max_failures),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
                 verbose=0,
             ),
         )
-        with _stopping_on_signal(course, shared.log) as stopped:
+        waits = wait_told(own.get("CPU", 0.0), own.get("GPU", 0.0), "begin a trial", ends.any_began.is_set)
+        with _stopping_on_signal(course, shared.log) as stopped, waits:
             tuner.fit()
     return not stopped()
 

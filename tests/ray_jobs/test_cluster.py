@@ -1,11 +1,12 @@
 import os
 import socket
 import time
+from pathlib import Path
 
 import pytest
 import ray
 
-from ray_jobs.cluster import connected, reserved, resources_text
+from ray_jobs.cluster import connected, resources_text
 from sentinode.errors import SentinodeError, UsageError
 
 
@@ -32,27 +33,6 @@ def test_resources_are_told_in_words(cpus: float, gpus: float, text: str) -> Non
     assert resources_text(cpus, gpus) == text
 
 
-@pytest.mark.ray
-def test_what_waits_for_resources_says_so_and_goes_on_when_they_are_free(ray_session: None, free_cpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-    from ray.util.placement_group import placement_group, remove_placement_group
-
-    everything = placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
-    assert everything.wait(60)
-    told: list[str] = []
-
-    def say(text: str) -> None:
-        told.append(text)
-        remove_placement_group(everything)
-
-    monkeypatch.setattr("ray_jobs.cluster.say", say)
-    monkeypatch.setattr("ray_jobs.cluster._SILENT_WAIT_S", 0.0)
-    with reserved(2, 0, "make the bundle") as place:
-        task = ray.remote(lambda: "done").options(num_cpus=2, scheduling_strategy=place)
-        assert ray.get(task.remote(), timeout=60) == "done"
-    assert told == ["waiting for 2 CPUs to make the bundle; the cluster's are taken"]
-
-
 def test_a_ray_that_does_not_start_in_time_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def init(**_: object) -> None:
         raise Exception("The current node timed out during startup. This could happen because some of the raylet failed to startup")
@@ -63,3 +43,37 @@ def test_a_ray_that_does_not_start_in_time_is_one_line(monkeypatch: pytest.Monke
     with pytest.raises(SentinodeError, match="Ray did not start within its 30 s; is the machine busy"), connected(1):
         pytest.fail("connected to nothing")
     assert "RAY_ADDRESS" not in os.environ
+
+
+def test_a_token_file_that_is_not_there_is_named_and_nothing_is_written_in_its_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(UsageError, match=f"^RAY_AUTH_TOKEN_PATH={tmp_path}/none: there is no such file$"), connected(1):
+        pytest.fail("connected to nothing")
+
+
+@pytest.mark.parametrize("before", [None, ""])
+def test_a_ray_of_our_own_gets_a_token_of_its_own_also_where_the_variable_is_empty(monkeypatch: pytest.MonkeyPatch, before: str | None) -> None:
+    seen: list[str] = []
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        # First set, so that what the code sets is forgotten after the test.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    if before is not None:
+        monkeypatch.setenv("RAY_AUTH_TOKEN", before)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: seen.append(os.environ["RAY_AUTH_TOKEN"]))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with connected(1):
+        pass
+    assert len(seen[0]) == 64
+
+
+def test_ray_client_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:10001")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(UsageError, match=r"^RAY_ADDRESS=ray://127\.0\.0\.1:10001: Ray Client cannot do what verbs need"), connected(1):
+        pytest.fail("connected")

@@ -37,6 +37,14 @@ def bent(tmp_path: Path, name: str, bend: Callable[[dict[str, Any]], None]) -> P
     return path
 
 
+def test_what_every_cloud_knows_of_addresses_is_no_mistake(tmp_path: Path) -> None:
+    for name in ("cluster.yaml", "deploy/clusters/gcp.yaml"):
+        content = yaml.safe_load((ROOT / name).read_text())
+        content["provider"] |= {"use_internal_ips": True, "use_external_head_ip": True}
+        (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(content))
+        check_cluster_file(tmp_path / "cluster.yaml", filled_in=False)
+
+
 def _rename(mapping: dict[str, Any], old: str, new: str) -> None:
     mapping[new] = mapping.pop(old)
 

@@ -9,6 +9,7 @@ import pytest
 
 import ray_jobs.doctor as doctor
 from ray_jobs.doctor import Check, run_checks
+from sentinode.locations import Location, locate
 from tests import s3
 from tests.processes import sentinode
 
@@ -57,11 +58,27 @@ def test_what_fails_is_said_and_is_the_exit_code(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_storage_is_written_to_read_and_left_as_it_was(tmp_path: Path, s3_folder: str) -> None:
+def test_storage_is_written_to_read_and_left_as_it_was(tmp_path: Path, s3_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for uri in (str(tmp_path / "new"), s3_folder):
         (check,) = run_checks([doctor.storage(uri)])
         assert check.status == "ok", check
-    assert list((tmp_path / "new").iterdir()) == []
+        assert is_empty(uri)
+
+    def refused(self: Location) -> bytes:
+        raise PermissionError(13, "Access Denied", str(self))
+
+    monkeypatch.setattr(Location, "read_bytes", refused)
+    for uri in (str(tmp_path / "new"), s3_folder):
+        (check,) = run_checks([doctor.storage(uri)])
+        assert (check.status, "Access Denied" in check.found) == ("fail", True)
+        assert is_empty(uri)
+
+
+def is_empty(uri: str) -> bool:
+    try:
+        return not locate(uri).entries()
+    except FileNotFoundError:
+        return True  # a store knows no empty folders
 
 
 def test_a_bucket_that_is_not_there_is_a_failed_check(s3_server: s3.Server) -> None:
@@ -93,8 +110,19 @@ def test_a_token_that_others_may_read_is_told(tmp_path: Path, monkeypatch: pytes
         token.chmod(mode)
         (check,) = run_checks([doctor.token])
         assert (check.status, "secret" in check.found) == (status, False)
+    token.unlink()
+    assert run_checks([doctor.token])[0].status == "fail"
+    # Empty counts as not set, as with Ray.
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")
+    assert run_checks([doctor.token])[0].status == "fail"
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     assert run_checks([doctor.token])[0].status == "warn"
+
+
+def test_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray._common.utils.get_system_memory", lambda: 4 << 30)
+    memory = by_name(run_checks([doctor.memory_and_disk]))["memory"]
+    assert (memory.status, memory.found) == ("warn", "4.0 GiB")
 
 
 def test_a_check_that_breaks_does_not_keep_the_others_from_being_made() -> None:

@@ -82,7 +82,7 @@ def test_waiting_for_room_is_told_once_and_by_then_nobody_is_left_who_hears_a_wi
     callback.after_controller_state_update(running, failed)
     for _ in range(100):
         callback.after_controller_state_update(failed, failed)
-    assert log.records == [{"kind": "note", "text": "waiting for room: 2 workers with 1 CPU each"}]
+    assert log.records == [{"kind": "waiting", "text": "waiting for room: 2 workers with 1 CPU each"}]
     # It does not ask without a pause.
     assert clock.seconds > 5140
     callback.after_controller_state_update(failed, running)

@@ -1,12 +1,15 @@
 """Jobs read from an object store and write to it what they read and write on disk."""
 
+import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from ray_jobs.checkpoints import saved_checkpoints
-from ray_jobs.evaluate import _check_replaceable, evaluate
+from ray_jobs.evaluate import _check_replaceable, _publish, evaluate
 from ray_jobs.predict import _open_work_in_store, _plan, predict
 from ray_jobs.predict_inputs import open_inputs
 from ray_jobs.predict_parts import PartNote, Work
@@ -17,7 +20,7 @@ from sentinode.bundle import Bundle
 from sentinode.config import EvaluateConfig, PredictConfig, SweepConfig, TrainConfig, load_config
 from sentinode.dataset import PreparedDataset
 from sentinode.errors import UsageError
-from sentinode.locations import locate
+from sentinode.locations import Location, locate
 from sentinode.publishing import publish
 from sentinode.storage import json_bytes, write_json
 from sentinode.verify import verify_folder
@@ -47,6 +50,30 @@ def test_a_model_is_evaluated_on_a_data_set_in_an_object_store(ray_session: None
 def test_a_model_is_trained_on_a_data_set_in_an_object_store(ray_session: None, free_cpus: None, in_store: str, tmp_path: Path) -> None:
     config = TrainConfig(arch="resnet18", weights="none", input_size_px=32, epochs=0)
     assert not train(config, in_store, tmp_path / "run").already_complete
+
+
+def test_a_report_that_is_replaced_never_has_a_page_beside_figures_of_another(s3_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = locate(s3_folder) / "report"
+
+    def report(auc: float) -> Any:
+        return SimpleNamespace(model_dump=lambda mode: {"roc_auc": auc})
+
+    _publish(report(0.8), "old", target)
+    write = Location.write_bytes
+
+    def killed(self: Location, content: bytes, **options: Any) -> None:
+        if self.name == "report.json":
+            raise KeyboardInterrupt
+        write(self, content, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Location, "write_bytes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            _publish(report(0.9), "new", target)
+    assert not (target / "report.json").exists()
+    _check_replaceable(target)
+    _publish(report(0.9), "new", target)
+    assert json.loads((target / "report.json").read_bytes()) == {"roc_auc": 0.9}
 
 
 @pytest.mark.parametrize("verb", ["train", "tune"])

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import ray
 
 from data_prep.synth import synthesize
 from ray_jobs import job_command, job_server
-from ray_jobs.job_command import PACKAGES, check_command, look_for_inputs, manifest_is_missing, upload_folder
+from ray_jobs.job_command import PACKAGES, check_command, look_for_inputs, manifest_exists, upload_folder
 from ray_jobs.job_server import JobError, connect, follow, outcome, stop, submit
 from ray_jobs.submit import split_arguments
 from sentinode.errors import ConfigError, SentinodeError, UsageError
@@ -56,8 +57,10 @@ def test_a_command_is_checked_before_anything_is_sent(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("epochs: 3\n")
     for given in (["--config", str(tmp_path / "mine.yaml")], [f"--config={tmp_path / 'mine.yaml'}"]):
         command = check_command("train", ["--data", "s3://b/d", "--out", "/shared/run", *given])
-        assert command.files == {"submitted/mine.yaml": tmp_path / "mine.yaml"}
-        assert "submitted/mine.yaml" in command.entrypoint
+        ((name, file),) = command.files.items()
+        assert re.fullmatch("submitted/[0-9a-f]{12}-mine.yaml", name)
+        assert file == tmp_path / "mine.yaml"
+        assert name in command.entrypoint
         assert str(tmp_path) not in command.entrypoint
         assert command.entrypoint.startswith("python -m ray_jobs.train --data s3://b/d --out /shared/run --config")
         assert command.paths == ["/shared/run"]
@@ -126,7 +129,7 @@ def test_what_was_made_and_cannot_be_looked_at_is_a_success(monkeypatch: pytest.
 
     monkeypatch.setattr(Location, "exists", refused)
     for out in ("/o", "s3://bucket/run"):
-        assert manifest_is_missing(check_command("train", ["--data", "/d", "--out", out])) is None
+        assert manifest_exists(check_command("train", ["--data", "/d", "--out", out])) is None
         assert capsys.readouterr().out.startswith(f"{out}: cannot be looked at from here")
 
 
@@ -190,6 +193,13 @@ def test_a_server_that_is_none_is_told_from_one_that_is_another(monkeypatch: pyt
     for status in (401, 403):
         with answering_with(status, b"") as address, pytest.raises(UsageError, match="refused without its token"):
             connect(address)
+    ours = json.dumps({"ray_version": ray.__version__}).encode()
+    with (
+        answering_with(500, b"starting", version=ours) as address,
+        pytest.raises(SentinodeError, match=r"the job server answers with an error \(.*500.*\); repeat the command") as caught,
+    ):
+        connect(address)
+    assert caught.value.exit_code == 1
     with answering_with(200, json.dumps({"ray_version": "2.50.1"}).encode()) as address, pytest.raises(UsageError) as caught:
         connect(address)
     assert "2.50.1" in str(caught.value)
@@ -220,6 +230,16 @@ class FakeJobs:
 
     def stop_job(self, submission_id: str) -> None:
         pass
+
+    def time_s(self) -> float:
+        return time.time()
+
+    log: "str | Exception" = ""
+
+    def get_job_logs(self, submission_id: str) -> str:
+        if isinstance(self.log, Exception):
+            raise self.log
+        return self.log
 
     def submit_job(self, *, submission_id: str, **options: Any) -> None:
         self.submitted.append(submission_id)
@@ -286,6 +306,17 @@ def test_a_job_of_another_command_is_never_taken_for_ours(quick: None) -> None:
         submit(FakeJobs([[job("SUCCEEDED", "nightly", entrypoint="python other.py")]]), command, "nightly")
 
 
+def test_the_same_name_with_another_configuration_in_the_file_is_another_command(quick: None, tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text("epochs: 3\n")
+    before = check_command("train", [*TRAIN, "--config", str(config)])
+    done = job("SUCCEEDED", "nightly", entrypoint=before.entrypoint)
+    assert submit(FakeJobs([[done]]), before, "nightly") == ("nightly", False)
+    config.write_text("epochs: 300\n")
+    with pytest.raises(UsageError, match="nightly: is the id of another command"):
+        submit(FakeJobs([[done]]), check_command("train", [*TRAIN, "--config", str(config)]), "nightly")
+
+
 def test_a_job_that_a_lost_head_never_started_is_lost(quick: None) -> None:
     old = time.time() * 1000 - 3_600_000
     with pytest.raises(JobError, match="mine was lost"):
@@ -317,6 +348,39 @@ def test_a_job_server_that_comes_back_is_followed_on(quick: None, monkeypatch: p
 def test_a_job_server_that_stays_away_is_waited_for_so_long_and_no_longer(quick: None) -> None:
     with pytest.raises(SentinodeError, match="does not answer any more; mine may go on"):
         follow(FakeJobs([ConnectionError()]), "mine")
+
+
+def test_ages_of_jobs_go_by_the_server_s_clock(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two hours behind this machine's.
+    now_s = time.time() - 7200
+    monkeypatch.setattr(FakeJobs, "time_s", lambda self: now_s)
+    client = FakeJobs([[job("PENDING", driver_node_id=None, start_time=now_s * 1000)], [job("SUCCEEDED")]])
+    assert follow(client, "mine").status.value == "SUCCEEDED"
+
+
+def test_the_server_s_clock_is_read_from_its_answers() -> None:
+    with answering_with(200, json.dumps({"ray_version": ray.__version__}).encode()) as address:
+        assert abs(job_server.Jobs(address).time_s() - time.time()) < 60
+
+
+@pytest.mark.parametrize("log", ["", "  \n", ConnectionError(), RuntimeError("status code 500")])
+def test_a_success_whose_log_is_gone_is_known_by_what_it_made(log: "str | Exception", tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = check_command("train", ["--data", "/d", "--out", str(tmp_path / "run")])
+    client = FakeJobs([[]])
+    client.log = log
+    with pytest.raises(JobError, match="mine has succeeded, but its log, and with it its result, cannot be had any more"):
+        outcome(client, command, "mine", job("SUCCEEDED"))
+    (tmp_path / "run" / "bundle").mkdir(parents=True)
+    with pytest.raises(JobError, match=r"Ray calls mine a success, but .* has no bundle/bundle\.json"):
+        outcome(client, command, "mine", job("SUCCEEDED"))
+    (tmp_path / "run" / "bundle" / "bundle.json").touch()
+    assert outcome(client, command, "mine", job("SUCCEEDED")) is None
+    assert capsys.readouterr().out.splitlines()[-1] == "the log of mine, and with it what it told of its result, is gone; what it made is there"
+    client.log = 'epoch 1\n{"bundle": "b"}\n'
+    assert outcome(client, command, "mine", job("SUCCEEDED")) == {"bundle": "b"}
+    client.log = "epoch 1\n"
+    with pytest.raises(JobError, match="did not end with its result"):
+        outcome(client, command, "mine", job("SUCCEEDED"))
 
 
 @pytest.mark.parametrize("code", [-9, 137])

@@ -75,6 +75,26 @@ def test_who_was_held_up_learns_that_the_output_was_taken(out: Location) -> None
         held_up.confirm()
 
 
+def test_while_the_store_could_not_be_seen_nobody_was_silent(out: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive = Holder(out, 1)
+    alive.put(create_only=True)
+    monkeypatch.setattr(module, "_SLOW_LOOK_S", 0.5)
+    look, looks = module._newest, iter(range(99))
+
+    def slow(where: Location) -> tuple[int, str] | None:
+        # The second look finds the store away for longer than anybody is waited for; then the holder's beat comes through.
+        if (number := next(looks)) == 1:
+            threading.Event().wait(module.SILENCE_S + 0.5)
+        if number == 3:
+            alive.put()
+        return look(where)
+
+    monkeypatch.setattr(module, "_newest", slow)
+    with pytest.raises(UsageError, match=WRITING), sole_writer(out):
+        pytest.fail("two writers")
+    alive.confirm()
+
+
 def test_of_several_who_find_it_silent_one_takes_it(out: Location) -> None:
     Holder(out, 1).put(create_only=True)
     start, end = threading.Barrier(4), threading.Barrier(4)
