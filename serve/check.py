@@ -29,7 +29,7 @@ def check_serve_file(path: str | Path) -> list[str]:
         One line: file, path of the key, what was expected, the nearest known key.
     """
     content = read_yaml_mapping(path)
-    left_open = []
+    left_open: list[str] = []
     try:
         _check_keys(content, ServeDeploySchema, "")
         _check_values(content, ServeDeploySchema, "")
