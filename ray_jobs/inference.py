@@ -97,20 +97,21 @@ def run_units(
     # Otherwise the type and the causes of what an actor raises are lost on the way.
     context.raise_original_map_exception = True
     # One block per unit, so that units spread over the actors.
-    source = ray.data.from_arrow([pa.table({"unit": [unit]}) for unit in units])
-    results = source.map_batches(
-        BundleActor,
-        fn_constructor_args=(str(bundle.where), engine, device, config.cpus_per_worker, work),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=workers),
-        num_cpus=config.cpus_per_worker,
-        num_gpus=int(use_gpu),
-    )
+    tables = [pa.table({"unit": [unit]}) for unit in units]
     outcomes: dict[int, dict[str, Any]] = {}
     rows = 0
     try:
         with wait_told(config.cpus_per_worker, int(use_gpu), verb, data_tasks_run):
+            # from_arrow waits for a task already.
+            results = ray.data.from_arrow(tables).map_batches(
+                BundleActor,
+                fn_constructor_args=(str(bundle.where), engine, device, config.cpus_per_worker, work),
+                batch_size=1,
+                batch_format="pyarrow",
+                compute=ray.data.ActorPoolStrategy(size=workers),
+                num_cpus=config.cpus_per_worker,
+                num_gpus=int(use_gpu),
+            )
             for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
                 for outcome in batch.to_pylist():
                     if outcome["error"] is None:
