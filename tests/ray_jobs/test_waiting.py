@@ -23,12 +23,12 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @contextmanager
-def everything_taken() -> Iterator[Callable[[], None]]:
-    """Hold all CPUs; yields what gives them back."""
+def everything_taken(but: int = 0) -> Iterator[Callable[[], None]]:
+    """Hold all CPUs but so many; yields what gives them back."""
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    group = placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
+    group = placement_group([{"CPU": ray.cluster_resources()["CPU"] - but}])
     try:
         assert group.wait(60)
         yield lambda: remove_placement_group(group)
@@ -130,17 +130,19 @@ def test_verbs_on_a_cluster_that_others_use_say_so_and_go_on_when_it_is_free(ray
     small = ["arch=resnet18", "weights=none", "input_size_px=32", "epochs=1", "batch_size=16"]
     source, data, run = synthesize(tmp_path / "source", 160, 1), tmp_path / "data", tmp_path / "run"
     sweep = tmp_path / "sweep.yaml"
-    sweep.write_text(f"trials: 1\nspace: {{learning_rate: [0.001]}}\nbase: {{{', '.join(one.replace('=', ': ') for one in small)}}}\n")
+    sweep.write_text(f"trials: 1\nspace: {{learning_rate: {{choice: [0.001]}}}}\nbase: {{{', '.join(one.replace('=', ': ') for one in small)}}}\n")
 
-    def waits(line: str, *argv: str | Path) -> None:
-        with everything_taken() as give_back, running(*argv, ray_address=ray_address) as command:
-            command.wait_for_line(f"waiting for 1 CPU to {line}; the cluster's are taken", 120)
+    def waits(line: str, *argv: str | Path, but: int = 0) -> None:
+        with everything_taken(but) as give_back, running(*argv, ray_address=ray_address) as command:
+            command.wait_for_line(f"waiting for {line}; the cluster's are taken", 120)
             give_back()
             assert command.process.wait(180) == 0
 
-    waits("prepare the data set", "prepare", "--source", source, "--out", data)
+    waits("1 CPU to prepare the data set", "prepare", "--source", source, "--out", data)
     done = sentinode("train", "--data", data, "--out", run, "--set", *small, ray_address=ray_address)
     assert done.returncode == 0, done.stderr
-    waits("predict", "predict", "--bundle", run / "bundle", "--source", source / "train", "--out", tmp_path / "predictions")
-    waits("evaluate", "evaluate", "--bundle", run / "bundle", "--data", data, "--out", tmp_path / "report")
-    waits("read the data set", "tune", "--data", data, "--out", tmp_path / "sweep", "--config", sweep)
+    waits("1 CPU to predict", "predict", "--bundle", run / "bundle", "--source", source / "train", "--out", tmp_path / "predictions")
+    waits("1 CPU to evaluate", "evaluate", "--bundle", run / "bundle", "--data", data, "--out", tmp_path / "report")
+    # Of a sweep the rows have been read by then, with the CPU that was left.
+    more = ("--set", "base.cpus_per_worker=2")
+    waits("2 CPUs to begin a trial", "tune", "--data", data, "--out", tmp_path / "sweep", "--config", sweep, *more, but=1)
