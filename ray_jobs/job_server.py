@@ -54,8 +54,8 @@ class Jobs(JobSubmissionClient):  # type: ignore[misc]
 
     def time_s(self) -> float:
         """Return what time it is on the server, in seconds since 1970: ages of its jobs are no affair of this machine's clock."""
-        date: str = self._do_request("GET", "/api/version").headers["Date"]
-        return parsedate_to_datetime(date).timestamp()
+        date: str | None = self._do_request("GET", "/api/version").headers.get("Date")
+        return parsedate_to_datetime(date).timestamp() if date else time.time()
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
         response: requests.Response = super()._do_request(method, endpoint, timeout=_ANSWER_TIMEOUT_S, **options)

@@ -14,6 +14,8 @@ from ray_jobs.verb import say
 
 _SILENT_WAIT_S = 30.0
 """How long work may wait for its resources before the terminal says so."""
+_ANSWER_TIMEOUT_S = 5
+"""The end of a verb waits no longer for an answer that nobody needs any more."""
 
 
 @contextmanager
@@ -83,7 +85,8 @@ def data_tasks_run() -> bool:
     from ray.util.state import list_tasks
 
     job = ray.get_runtime_context().get_job_id()
-    running = list_tasks(filters=[("job_id", "=", job), ("state", "=", "RUNNING")], limit=1000)
+    filters = [("job_id", "=", job), ("state", "=", "RUNNING")]
+    running = list_tasks(filters=filters, limit=1000, timeout=_ANSWER_TIMEOUT_S, raise_on_missing_output=False)
     # "MapBatches(…)", and of actors "MapWorker(MapBatches(…)).…".
     return any("MapBatches(" in task.name for task in running)
 
