@@ -63,7 +63,7 @@ class Command:
     arguments : list of str
         With `--json`, and with local files of `--config` named as they are in the upload.
     files : dict
-        Name in the upload -> local file.
+        Name in the upload -> content.
     out : str or None
         What the verb makes.
     paths : list of str
@@ -74,7 +74,7 @@ class Command:
 
     verb: str
     arguments: list[str]
-    files: dict[str, Path]
+    files: dict[str, bytes]
     out: str | None
     paths: list[str]
     inputs: dict[str, list[str]]
@@ -107,15 +107,15 @@ def check_command(verb: str, arguments: Sequence[str]) -> Command:
     parser = Parser(prog=f"sentinode submit {verb}", allow_abbrev=False)
     module.add_arguments(parser)
     parsed = parser.parse_args(arguments)
-    files: dict[str, Path] = {}
+    files: dict[str, bytes] = {}
     given = list(arguments)
     if parsed.config_model is not None:
         config_from(parsed, parsed.config_model)
         if parsed.config and "://" not in parsed.config:
             # The file is here, the job is not.
-            file = Path(parsed.config)
-            name = f"{_UPLOADED}/{_digest(file.read_bytes())}-{file.name}"
-            files[name] = file
+            content = Path(parsed.config).read_bytes()
+            name = f"{_UPLOADED}/{_digest(content)}-{Path(parsed.config).name}"
+            files[name] = content
             given = ["--config=" + name if one == f"--config={parsed.config}" else one for one in given]
             given = [name if before == "--config" else one for before, one in zip(["", *given], given, strict=False)]
     named = {field: value if isinstance(value, list) else [value] for field in (*_INPUTS, *_OUTPUTS) if (value := getattr(parsed, field, None))}
@@ -170,7 +170,7 @@ def _missing(option: str, where: Location) -> str | None:
 
 
 @contextmanager
-def upload_folder(files: dict[str, Path]) -> Iterator[Path]:
+def upload_folder(files: dict[str, bytes]) -> Iterator[Path]:
     """A temporary folder with our code and these files: what a job needs, and nothing else of this machine.
 
     Raises
@@ -183,9 +183,9 @@ def upload_folder(files: dict[str, Path]) -> Iterator[Path]:
         for package in PACKAGES:
             source = Path(str(importlib.import_module(package).__file__)).parent
             shutil.copytree(source, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-        for inside, file in files.items():
+        for inside, content in files.items():
             (folder / inside).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, folder / inside)
+            (folder / inside).write_bytes(content)
         sizes = sorted(((path.stat().st_size, str(path.relative_to(folder))) for path in folder.rglob("*") if path.is_file()), reverse=True)
         total = sum(size for size, _ in sizes)
         if total > LARGEST_UPLOAD_BYTES:

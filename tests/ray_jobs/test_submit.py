@@ -57,9 +57,9 @@ def test_a_command_is_checked_before_anything_is_sent(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("epochs: 3\n")
     for given in (["--config", str(tmp_path / "mine.yaml")], [f"--config={tmp_path / 'mine.yaml'}"]):
         command = check_command("train", ["--data", "s3://b/d", "--out", "/shared/run", *given])
-        ((name, file),) = command.files.items()
+        ((name, content),) = command.files.items()
         assert re.fullmatch("submitted/[0-9a-f]{12}-mine.yaml", name)
-        assert file == tmp_path / "mine.yaml"
+        assert content == b"epochs: 3\n"
         assert name in command.entrypoint
         assert str(tmp_path) not in command.entrypoint
         assert command.entrypoint.startswith("python -m ray_jobs.train --data s3://b/d --out /shared/run --config")
@@ -145,9 +145,8 @@ def test_the_same_command_has_the_same_id(tmp_path: Path) -> None:
     assert first != check_command("train", arguments).submission_id
 
 
-def test_the_upload_is_our_code_and_small(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("epochs: 3\n")
-    with upload_folder({"submitted/mine.yaml": tmp_path / "mine.yaml"}) as folder:
+def test_the_upload_is_our_code_and_small() -> None:
+    with upload_folder({"submitted/mine.yaml": b"epochs: 3\n"}) as folder:
         assert {path.name for path in folder.iterdir()} == {*PACKAGES, "submitted"}
         files = [path for path in folder.rglob("*") if path.is_file()]
         assert (folder / "submitted/mine.yaml").read_text() == "epochs: 3\n"
@@ -159,12 +158,11 @@ def test_the_upload_is_our_code_and_small(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
-def test_what_is_too_big_to_send_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_too_big_to_send_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_command, "LARGEST_UPLOAD_BYTES", 4 * 2**20)
-    (tmp_path / "huge.yaml").write_bytes(bytes(5 * 2**20))
     with (
         pytest.raises(UsageError, match=r"the upload has .* the largest: submitted/huge\.yaml \(5\.0 MiB\)"),
-        upload_folder({"submitted/huge.yaml": tmp_path / "huge.yaml"}),
+        upload_folder({"submitted/huge.yaml": bytes(5 * 2**20)}),
     ):
         pass
 
