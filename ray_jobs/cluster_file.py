@@ -38,6 +38,7 @@ _GCP_NODE_KEYS = (
 _NODE_KEYS = {"aws": set(_AWS_NODE_KEYS.split()), "gcp": set(_GCP_NODE_KEYS.split()), "local": set()}
 
 _TO_FILL_IN = re.compile(r"[\w.-]*CHANGE-ME")
+_NO_FILE_SYSTEM = re.compile(r"(?<!\S)(fs-|None)?\.efs\.")
 
 
 def check_cluster_file(path: str | Path, *, filled_in: bool = True) -> None:
@@ -47,7 +48,7 @@ def check_cluster_file(path: str | Path, *, filled_in: bool = True) -> None:
     ----------
     path : str or Path
     filled_in : bool
-        Whether values marked CHANGE-ME are refused.
+        Whether it is to be used from here, now: values marked CHANGE-ME, ids that are none, and files to copy or a key that are not here are refused.
 
     Raises
     ------
@@ -73,9 +74,32 @@ def check_cluster_file(path: str | Path, *, filled_in: bool = True) -> None:
     _refuse_unknown(path, "provider", provider, _PROVIDER_KEYS[kind] | {"type"})
     for name, node in (content.get("available_node_types") or {}).items():
         _refuse_unknown(path, f"available_node_types.{name}.node_config", node.get("node_config") or {}, _NODE_KEYS[kind])
+    if filled_in:
+        _check_filled_in(path, content, kind)
+
+
+def _check_filled_in(path: str | Path, content: Mapping[str, Any], kind: str) -> None:
     left = sorted({mark for text in texts_in(content) for mark in _TO_FILL_IN.findall(text)})
-    if filled_in and left:
+    if left:
         raise ConfigError(f"{path}: still to be filled in: {', '.join(left)}")
+    # What a command that failed leaves of an id: nothing, or the word None.
+    for name, node in (content.get("available_node_types") or {}).items() if kind == "aws" else ():
+        config, where = node.get("node_config") or {}, f"available_node_types.{name}.node_config"
+        if "ImageId" in config and not str(config["ImageId"]).startswith("ami-"):
+            raise ConfigError(f"{path}: {where}.ImageId: got {config['ImageId']!r}, expected an id like ami-0123…")
+        groups = config.get("SecurityGroupIds", ["sg-"])
+        if not groups or not all(str(group).startswith("sg-") for group in groups):
+            raise ConfigError(f"{path}: {where}.SecurityGroupIds: got {groups!r}, expected ids like sg-0123…")
+    for text in texts_in(content):
+        if found := _NO_FILE_SYSTEM.search(text):
+            raise ConfigError(f"{path}: {found[0]}…: expected the id of a file system, like fs-0123…")
+    for there, here in (content.get("file_mounts") or {}).items():
+        if not Path(here).expanduser().exists():
+            hint = "`ray get-auth-token --generate` makes it" if there.endswith("auth_token") else "`ray up` looks for it from where it is run"
+            raise ConfigError(f"{path}: file_mounts: {here}: there is no such file; {hint}")
+    key = (content.get("auth") or {}).get("ssh_private_key")
+    if key and not Path(key).expanduser().is_file():
+        raise ConfigError(f"{path}: auth.ssh_private_key: {key}: there is no such file")
 
 
 def _refuse_unknown(path: str | Path, where: str, given: Mapping[str, Any], known: set[str]) -> None:

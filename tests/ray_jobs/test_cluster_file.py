@@ -74,6 +74,52 @@ def test_a_key_that_ray_would_pass_over_is_named(tmp_path: Path, name: str, bend
     assert "\n" not in str(caught.value)
 
 
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with a token and a key."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (".ray/auth_token", ".ssh/id_ed25519"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def filled_in(tmp_path: Path, name: str, **ids: str) -> Path:
+    """What docs/cluster.md's command makes of a file, with these ids instead of right ones."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for prefix in ("ami", "sg", "fs"):
+        text = text.replace(f"{prefix}-CHANGE-ME", ids.get(prefix, f"{prefix}-01"))
+    path = tmp_path / "my-cluster.yaml"
+    path.write_text(re.sub(r"[a-z0-9]+-CHANGE-ME", "10.0.0.1", text))
+    return path
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_filled_in_passes_where_what_it_copies_is_here(home: Path, name: str) -> None:
+    check_cluster_file(filled_in(home, name))
+    (home / ".ray/auth_token").unlink()
+    with pytest.raises(ConfigError, match=r"file_mounts: ~/\.ray/auth_token: there is no such file; `ray get-auth-token --generate` makes it"):
+        check_cluster_file(filled_in(home, name))
+    if name.endswith("local.yaml"):
+        (home / ".ray/auth_token").touch()
+        (home / ".ssh/id_ed25519").unlink()
+        with pytest.raises(ConfigError, match=r"auth\.ssh_private_key: ~/\.ssh/id_ed25519: there is no such file"):
+            check_cluster_file(filled_in(home, name))
+
+
+def test_what_a_command_that_failed_leaves_of_an_id_is_refused(home: Path) -> None:
+    for prefix, wrong, message in (
+        ("ami", "", r"head\.node_config\.ImageId: got None, expected an id"),
+        ("ami", "None", r"head\.node_config\.ImageId: got 'None', expected an id"),
+        ("sg", "", r"head\.node_config\.SecurityGroupIds: got \[\], expected ids"),
+        ("sg", "None", r"head\.node_config\.SecurityGroupIds: got \['None'\], expected ids"),
+        ("fs", "", r"expected the id of a file system"),
+        ("fs", "None", r"expected the id of a file system"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_cluster_file(filled_in(home, "cluster.yaml", **{prefix: wrong}))
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_no_port_is_opened_and_ray_asks_for_a_token(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
