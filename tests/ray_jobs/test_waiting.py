@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from data_prep.synth import synthesize
 from ray_jobs import waiting
@@ -124,25 +125,36 @@ def wait_until(condition: Callable[[], bool]) -> None:
     pytest.fail("it never was so")
 
 
+SMALL = ["arch=resnet18", "weights=none", "input_size_px=32", "epochs=1", "batch_size=16"]
+
+
+def sweep_file(folder: Path) -> Path:
+    """A sweep of one small trial."""
+    path = folder / "sweep.yaml"
+    content = {"trials": 1, "space": {"learning_rate": {"choice": [0.001]}}, "base": yaml.safe_load("\n".join(SMALL).replace("=", ": "))}
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_verbs_on_a_cluster_that_others_use_say_so_and_go_on_when_it_is_free(ray_address: str, free_cpus: None, tmp_path: Path) -> None:
-    small = ["arch=resnet18", "weights=none", "input_size_px=32", "epochs=1", "batch_size=16"]
     source, data, run = synthesize(tmp_path / "source", 160, 1), tmp_path / "data", tmp_path / "run"
-    sweep = tmp_path / "sweep.yaml"
-    sweep.write_text(f"trials: 1\nspace: {{learning_rate: {{choice: [0.001]}}}}\nbase: {{{', '.join(one.replace('=', ': ') for one in small)}}}\n")
+    sweep = ("tune", "--data", data, "--config", sweep_file(tmp_path))
 
     def waits(line: str, *argv: str | Path, but: int = 0) -> None:
         with everything_taken(but) as give_back, running(*argv, ray_address=ray_address) as command:
-            command.wait_for_line(f"waiting for {line}; the cluster's are taken", 120)
+            command.wait_for_line(f"waiting for {line}", 180)
             give_back()
             assert command.process.wait(180) == 0
 
-    waits("1 CPU to prepare the data set", "prepare", "--source", source, "--out", data)
-    done = sentinode("train", "--data", data, "--out", run, "--set", *small, ray_address=ray_address)
+    waits("1 CPU to prepare the data set; the cluster's are taken", "prepare", "--source", source, "--out", data)
+    done = sentinode("train", "--data", data, "--out", run, "--set", *SMALL, ray_address=ray_address)
     assert done.returncode == 0, done.stderr
-    waits("1 CPU to predict", "predict", "--bundle", run / "bundle", "--source", source / "train", "--out", tmp_path / "predictions")
-    waits("1 CPU to evaluate", "evaluate", "--bundle", run / "bundle", "--data", data, "--out", tmp_path / "report")
+    predict = ("predict", "--bundle", run / "bundle", "--source", source / "train", "--out", tmp_path / "predictions")
+    waits("1 CPU to predict; the cluster's are taken", *predict)
+    waits("1 CPU to evaluate; the cluster's are taken", "evaluate", "--bundle", run / "bundle", "--data", data, "--out", tmp_path / "report")
     # Of a sweep the rows have been read by then, with the CPU that was left.
-    more = ("--set", "base.cpus_per_worker=2")
-    waits("2 CPUs to begin a trial", "tune", "--data", data, "--out", tmp_path / "sweep", "--config", sweep, *more, but=1)
+    waits("2 CPUs to begin a trial; the cluster's are taken", *sweep, "--out", tmp_path / "sweep", "--set", "base.cpus_per_worker=2", but=1)
+    # Of a trial of several workers the driver has begun, on a part of that CPU.
+    waits("room: 2 workers with 1 CPU each", *sweep, "--out", tmp_path / "wide", "--set", "workers_per_trial=2", but=1)
