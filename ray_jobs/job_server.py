@@ -183,7 +183,7 @@ def follow(client: Jobs, submission_id: str) -> Any:
     """
     told, away_since = 0, None
     while True:
-        told = asyncio.run(_tell_log(client, submission_id, told))
+        told, held = asyncio.run(_tell_log(client, submission_id, told))
         try:
             details = _details_of_ended(client, submission_id)
         except _UNREACHABLE as error:
@@ -196,6 +196,8 @@ def follow(client: Jobs, submission_id: str) -> Any:
                 ) from error
         else:
             if details is not None:
+                if details.status.value != "SUCCEEDED":
+                    say(held, end="")
                 return details
             if away_since is not None:
                 say("the job server answers again")
@@ -222,22 +224,27 @@ def _details_of_ended(client: Jobs, submission_id: str) -> Any | None:
     return None
 
 
-async def _tell_log(client: Jobs, submission_id: str, told: int) -> int:
-    """Print the log from its character `told` on, until the job ends, the log is silent or cannot be had; return how many it has by now.
+async def _tell_log(client: Jobs, submission_id: str, told: int) -> tuple[int, str]:
+    """Print the log from its character `told` on, until the job ends, the log is silent or cannot be had; return how many are told, and what is held.
 
-    That it cannot be had is no reason to give up: the node that has it may be lost, and the job server is asked next.
+    Held is a last line that begins with "{": it may be the verb's result, which is for programs (`outcome`).
+    That the log cannot be had is no reason to give up: the node that has it may be lost, and the job server is asked next.
     """
-    position = 0
+    position, held = 0, ""
     async with aclosing(client.tail_job_logs(submission_id)) as chunks:
         while True:
             try:
                 chunk = await asyncio.wait_for(anext(chunks), _SILENT_S)
             except (StopAsyncIteration, *_UNREACHABLE):  # a TimeoutError is an OSError
-                return told
+                return told, held
             position += len(chunk)
-            if position > told:
-                say(chunk[-(position - told) :], end="")
-                told = position
+            fresh = position - told - len(held)
+            if fresh > 0:
+                held += chunk[-fresh:]
+                last_line = held.rstrip("\n").rfind("\n") + 1
+                end = last_line if held.startswith("{", last_line) else len(held)
+                say(held[:end], end="")
+                told, held = told + end, held[end:]
 
 
 def outcome(client: Jobs, command: Command, submission_id: str, details: Any) -> dict[str, Any] | None:

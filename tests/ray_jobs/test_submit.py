@@ -336,6 +336,19 @@ def test_a_log_is_told_once_however_often_it_breaks_off_or_is_silent(quick: None
     assert capsys.readouterr().out == "one\ntwo\nthree\n"
 
 
+@pytest.mark.parametrize("status", ["SUCCEEDED", "FAILED"])
+def test_the_line_for_programs_is_not_for_people_but_of_a_failure_everything_is(quick: None, capsys: pytest.CaptureFixture[str], status: str) -> None:
+    # Cut anywhere, a line in between that only looks like it, and read again from the start.
+    logs: list[list[str | Exception | None]] = [
+        ["one\n{two", "}\nthree", "\n", RuntimeError("closed")],
+        ["one\n{two}\nthree\n{", '"bundle": ', None],
+        ['one\n{two}\nthree\n{"bundle": "b"}\n'],
+    ]
+    client = FakeJobs([[job("RUNNING")], [job("RUNNING")], [job(status)]], logs)
+    assert follow(client, "mine").status.value == status
+    assert capsys.readouterr().out == "one\n{two}\nthree\n" + ('{"bundle": "b"}\n' if status == "FAILED" else "")
+
+
 def test_a_job_server_that_comes_back_is_followed_on(quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(job_server, "_LOST_TIMEOUT_S", 30)
     away: list[list[SimpleNamespace] | Exception] = [ConnectionError(), RuntimeError("status code 500")]
