@@ -138,6 +138,7 @@ def sweep_file(folder: Path) -> Path:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_verbs_on_a_cluster_that_others_use_say_so_and_go_on_when_it_is_free(ray_address: str, free_cpus: None, tmp_path: Path) -> None:
     source, data, run = synthesize(tmp_path / "source", 160, 1), tmp_path / "data", tmp_path / "run"
     sweep = ("tune", "--data", data, "--config", sweep_file(tmp_path))
