@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from ray_jobs.autoscaling import KINDS, LIMIT_VARIABLE, Growth, growth, places_on
-from ray_jobs.ray_address import check_ray_address, refused
+from ray_jobs.ray_address import check_ray_address, missing_token_file, refused
 from sentinode.errors import CapacityError, SentinodeError, UsageError
 
 _LOCALHOST = "127.0.0.1"
@@ -102,11 +102,10 @@ def _is_host_and_port(address: str) -> bool:
 
 
 def _start_local(need_cpus: float, verbose: bool, noise: dict[str, Any]) -> None:
-    if os.environ.get("RAY_AUTH_MODE", "token") == "token" and not os.environ.get("RAY_AUTH_TOKEN"):
-        if path := os.environ.get("RAY_AUTH_TOKEN_PATH"):
-            if not os.path.isfile(path):
-                raise UsageError(f"RAY_AUTH_TOKEN_PATH={path}: there is no such file")
-        else:
+    if os.environ.get("RAY_AUTH_MODE", "token") == "token":
+        if missing := missing_token_file():
+            raise UsageError(missing)
+        if not os.environ.get("RAY_AUTH_TOKEN") and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
             # Else Ray, which turns token authentication on by itself, would take a cluster's token from the user's home, or write one there.
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # It speaks of a cluster.

@@ -82,8 +82,20 @@ def _check_filled_in(path: str | Path, content: Mapping[str, Any], kind: str) ->
     left = sorted({mark for text in texts_in(content) for mark in _TO_FILL_IN.findall(text)})
     if left:
         raise ConfigError(f"{path}: still to be filled in: {', '.join(left)}")
-    # What a command that failed leaves of an id: nothing, or the word None.
-    for name, node in (content.get("available_node_types") or {}).items() if kind == "aws" else ():
+    if kind == "aws":
+        _check_aws_ids(path, content)
+    for there, here in (content.get("file_mounts") or {}).items():
+        if not Path(here).expanduser().exists():
+            hint = "`ray get-auth-token --generate` makes it" if there.endswith("auth_token") else "`ray up` looks for it from where it is run"
+            raise ConfigError(f"{path}: file_mounts: {here}: there is no such file; {hint}")
+    key = (content.get("auth") or {}).get("ssh_private_key")
+    if key and not Path(key).expanduser().is_file():
+        raise ConfigError(f"{path}: auth.ssh_private_key: {key}: there is no such file")
+
+
+def _check_aws_ids(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Refuse what a command that failed leaves of an id: nothing, or the word None."""
+    for name, node in content["available_node_types"].items():
         config, where = node.get("node_config") or {}, f"available_node_types.{name}.node_config"
         if "ImageId" in config and not str(config["ImageId"]).startswith("ami-"):
             raise ConfigError(f"{path}: {where}.ImageId: got {config['ImageId']!r}, expected an id like ami-0123…")
@@ -93,13 +105,6 @@ def _check_filled_in(path: str | Path, content: Mapping[str, Any], kind: str) ->
     for text in texts_in(content):
         if found := _NO_FILE_SYSTEM.search(text):
             raise ConfigError(f"{path}: {found[0]}…: expected the id of a file system, like fs-0123…")
-    for there, here in (content.get("file_mounts") or {}).items():
-        if not Path(here).expanduser().exists():
-            hint = "`ray get-auth-token --generate` makes it" if there.endswith("auth_token") else "`ray up` looks for it from where it is run"
-            raise ConfigError(f"{path}: file_mounts: {here}: there is no such file; {hint}")
-    key = (content.get("auth") or {}).get("ssh_private_key")
-    if key and not Path(key).expanduser().is_file():
-        raise ConfigError(f"{path}: auth.ssh_private_key: {key}: there is no such file")
 
 
 def _refuse_unknown(path: str | Path, where: str, given: Mapping[str, Any], known: set[str]) -> None:

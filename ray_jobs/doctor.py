@@ -187,14 +187,16 @@ def weights() -> Iterator[Check]:
 
 def token() -> Iterator[Check]:
     """Look at how Ray is guarded."""
+    from ray_jobs.ray_address import missing_token_file
+
     mode = os.environ.get("RAY_AUTH_MODE", "")
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if mode == "disabled":
         yield Check("token", "warn", "RAY_AUTH_MODE=disabled", "whoever reaches Ray's ports runs code here; set RAY_AUTH_MODE=token")
     elif os.environ.get("RAY_AUTH_TOKEN"):
         yield Check("token", "ok", "in RAY_AUTH_TOKEN")
-    elif os.environ.get("RAY_AUTH_TOKEN_PATH") and not path.is_file():
-        yield Check("token", "fail", f"RAY_AUTH_TOKEN_PATH={path}: there is no such file", "bring the cluster's token there, or unset the variable")
+    elif missing := missing_token_file():
+        yield Check("token", "fail", missing, "bring the cluster's token there, or unset the variable")
     elif path.is_file():
         open_to_all = path.stat().st_mode & 0o077 != 0
         yield Check("token", "warn" if open_to_all else "ok", str(path), f"others may read it: chmod 600 {path}" if open_to_all else "")

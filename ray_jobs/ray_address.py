@@ -1,5 +1,7 @@
 """Whether a Ray of our version answers at an address and lets us in, asked before Ray's own driver is started there."""
 
+import os
+
 import grpc
 import ray
 from ray.exceptions import AuthenticationError
@@ -36,6 +38,14 @@ def check_ray_address(address: str) -> None:
         raise UsageError(f"RAY_ADDRESS={address}: no Ray cluster can be reached there ({_reason(error)})") from error
     if theirs != ray.__version__:
         raise UsageError(f"RAY_ADDRESS={address}: runs Ray {theirs}, this is Ray {ray.__version__}; both must be the same")
+
+
+def missing_token_file() -> str | None:
+    """Return in a line that Ray is told to take its token from a file that is not there; None where it is not so."""
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if not path or os.environ.get("RAY_AUTH_TOKEN") or os.path.isfile(path):
+        return None
+    return f"RAY_AUTH_TOKEN_PATH={path}: there is no such file"
 
 
 def refused(address: str) -> UsageError:

@@ -4,25 +4,21 @@ import json
 import re
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import psutil
 import pytest
 
 from data_prep.synth import synthesize
+from tests.conditions import wait_until
 from tests.hosts import HOME, Host, hosts, missing
 from tests.processes import ROOT
 
 # Waits for two cores that others may use as well.
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1800)]
-
-T = TypeVar("T")
 
 GUARD = {"RAY_AUTH_MODE": "token"}
 JOB_SERVER = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:8265"}
@@ -95,19 +91,11 @@ def all_join(cluster: Cluster, but: frozenset[str] = frozenset()) -> dict[str, s
         nodes = living_nodes(cluster)
         return nodes if set(nodes) == {host.address for host in cluster.nodes} and not but & set(nodes.values()) else None
 
-    return wait_until(joined, 240, lambda: f"{living_nodes(cluster)}\n{monitor_log(cluster)}")
+    return wait_until(joined, 240, lambda: f"{living_nodes(cluster)}\n{monitor_log(cluster)}", every_s=1)
 
 
 def monitor_log(cluster: Cluster) -> str:
     return cluster.head.run("bash", "-c", "tail -n 100 /tmp/ray/session_latest/logs/monitor.*").stdout
-
-
-def wait_until(found: Callable[[], T | None], timeout_s: float, story: Callable[[], str]) -> T:
-    end, tick = time.monotonic() + timeout_s, threading.Event()
-    while (result := found()) is None:
-        assert time.monotonic() < end, story()
-        tick.wait(1)
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +104,7 @@ def tunnel(cluster: Cluster) -> Iterator[None]:
     command = cluster.here.command(["bash", "-c", f"exec {documented('ray dashboard')}"], **GUARD)
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: True if reaches(cluster.here, "127.0.0.1", 8265) else None, 60, lambda: "no tunnel")
+        wait_until(lambda: reaches(cluster.here, "127.0.0.1", 8265), 60, lambda: "no tunnel", every_s=1)
         yield
     finally:
         for one in [*psutil.Process(process.pid).children(recursive=True), process]:
@@ -195,7 +183,7 @@ time.sleep(600)
 """
     cluster.here.path("/shared/job.py").write_text(job)
     succeeds(cluster.here, "ray job submit --no-wait --submission-id long -- python /shared/job.py", **JOB_SERVER)
-    wait_until(lambda: True if cluster.here.path("/shared/began").exists() else None, 120, lambda: "the job did not begin")
+    wait_until(lambda: cluster.here.path("/shared/began").exists(), 120, lambda: "the job did not begin")
     succeeds(cluster.here, "ray job stop long", **JOB_SERVER)
     assert cluster.here.path("/shared/checkpoint").exists()
 
@@ -219,7 +207,7 @@ def test_down_ends_ray_on_every_machine(cluster: Cluster) -> None:
     assert "gcs_server" not in cluster.head.run("ps", "-eo", "args").stdout
     # Nobody tells the others: they end once the head has not answered for a minute.
     running = [host for host in cluster.nodes if "raylet" in host.run("ps", "-eo", "args").stdout]
-    wait_until(lambda: None if "raylet" in "".join(host.run("ps", "-eo", "args").stdout for host in running) else True, 180, lambda: str(running))
+    wait_until(lambda: "raylet" not in "".join(host.run("ps", "-eo", "args").stdout for host in running), 180, lambda: str(running), every_s=1)
 
 
 def test_hosts_leave_nothing_behind() -> None:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +28,7 @@ from sentinode.predictor import Predictor
 from serve.app import ENDPOINT, FusedEndpoint, _deployment, build_app
 from serve.local import usable_port
 from tests.clusters import cluster_of, node_that_runs
+from tests.conditions import wait_until
 from tests.factories import make_bundle, random_patches
 from tests.processes import ROOT, running
 
@@ -108,13 +108,6 @@ class Load:
         assert self.process.wait(150) == 0
         wait_until(lambda: "over" in self.told, 10, lambda: str(self.told))
         return self.told
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float, what: Callable[[], str]) -> None:
-    end, tick = time.monotonic() + timeout_s, threading.Event()
-    while not condition():
-        assert time.monotonic() < end, what()
-        tick.wait(0.1)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +19,7 @@ from ray_jobs.autoscaling import NodeType, growth, node_types, places_on
 from ray_jobs.cluster import Need, check_capacity
 from sentinode.errors import CapacityError, ConfigError
 from tests import s3
+from tests.conditions import wait_until
 from tests.heads import HeadMachine, machine_for_a_head
 from tests.processes import ROOT
 
@@ -224,10 +224,7 @@ def test_jobs_make_a_cluster_grow_from_nothing_and_it_shrinks_again(version: str
         refused = machine.head.run("sentinode", "submit", *road[2][:4], tmp_path / "other", "--set", "workers=4", *network)
         assert refused.returncode == 2, refused.stdout + refused.stderr
         assert "train needs 5 CPUs (4 workers x 1 + 1 for driver and data); the cluster has 4 and cannot add more" in refused.stdout
-        deadline = time.monotonic() + 180
-        while _nodes(machine) > 1:
-            assert time.monotonic() < deadline, "nodes without work are still there"
-            time.sleep(1)
+        wait_until(lambda: _nodes(machine) == 1, 180, lambda: "nodes without work are still there", every_s=1)
 
 
 def _nodes(machine: HeadMachine) -> int:

@@ -12,6 +12,7 @@ import yaml
 from data_prep.synth import synthesize
 from ray_jobs import waiting
 from ray_jobs.waiting import data_tasks_run, reserved, wait_told
+from tests.conditions import wait_until
 from tests.processes import running, sentinode
 
 
@@ -56,8 +57,8 @@ def test_what_waits_for_resources_says_so_and_goes_on_when_they_are_free(ray_ses
     assert told == ["waiting for 2 CPUs to make the bundle; the cluster's are taken"]
 
 
-def watched_until(told: list[str], looks: int, works: Callable[[int], bool]) -> None:
-    """Watch with an answer for each look, until so many were had or a line was told."""
+def watched_until(looks: int, works: Callable[[], bool]) -> None:
+    """Watch until so many looks were had."""
     seen, enough = 0, threading.Event()
 
     def answer() -> bool:
@@ -65,7 +66,7 @@ def watched_until(told: list[str], looks: int, works: Callable[[int], bool]) -> 
         seen += 1
         if seen >= looks:
             enough.set()
-        return works(seen)
+        return works()
 
     with wait_told(2, 0, "predict", answer):
         assert enough.wait(60)
@@ -73,19 +74,19 @@ def watched_until(told: list[str], looks: int, works: Callable[[int], bool]) -> 
 
 def test_where_there_is_room_or_work_goes_on_nothing_is_told(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "_has_room", lambda cpus, gpus: True)
-    watched_until(told, 5, lambda look: False)
+    watched_until(5, lambda: False)
     monkeypatch.setattr(waiting, "_has_room", lambda cpus, gpus: False)
-    watched_until(told, 1, lambda look: True)
+    watched_until(1, lambda: True)
     assert told == []
-    watched_until(told, 1, lambda look: False)
+    watched_until(1, lambda: False)
     assert told == ["waiting for 2 CPUs to predict; the cluster's are taken"]
 
 
 def test_what_cannot_be_asked_keeps_no_work_from_being_done(told: list[str]) -> None:
-    def fails(look: int) -> bool:
+    def fails() -> bool:
         raise ConnectionError("no dashboard")
 
-    watched_until(told, 1, fails)
+    watched_until(1, fails)
     assert told == []
 
 
@@ -114,15 +115,6 @@ def test_data_tasks_are_seen_when_they_run_and_not_before(ray_session: None, fre
     (tmp_path / "seen").touch()
     thread.join()
     assert told == ["waiting for 1 CPU to prepare; the cluster's are taken"]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    tick = threading.Event()
-    for _ in range(600):
-        if condition():
-            return
-        tick.wait(0.1)
-    pytest.fail("it never was so")
 
 
 SMALL = ["arch=resnet18", "weights=none", "input_size_px=32", "epochs=1", "batch_size=16"]

@@ -30,6 +30,7 @@ from sentinode.publishing import publish
 from sentinode.read_ahead import ReadAhead, plan_loads
 from sentinode.row_groups import RowGroups
 from sentinode.storage import write_json
+from tests.conditions import wait_until
 from tests.s3 import FlakyServer, Server
 from tests.sentinode.stored_rows import SIDE_PX, store
 
@@ -401,15 +402,6 @@ def is_in_wait_for(thread: threading.Thread) -> bool:
     while frame is not None and frame.f_code is not threading.Condition.wait_for.__code__:
         frame = frame.f_back
     return frame is not None
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    changed = threading.Event()
-    for _ in range(2000):
-        if condition():
-            return
-        changed.wait(0.005)
-    raise AssertionError("waited for 10 s")
 
 
 def test_an_epoch_takes_the_memory_of_two_windows(tmp_path: Path) -> None:
